@@ -1,0 +1,1 @@
+"""Delta models: artifact, prompt, spelling, key-value cache and forward pass."""

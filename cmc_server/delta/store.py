@@ -1,0 +1,193 @@
+"""Find a delta artifact, check it, and give it a version by its content. Nothing here loads weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from cmc_server.config import DeltaSource
+from cmc_server.delta.manifest import MANIFEST_FILE, DeltaManifest
+from cmc_server.errors import DeltaError, DeltaNotFoundError, MapError
+from cmc_server.vocab.surface import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
+_VERSION_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class DeltaArtifact:
+    """A delta folder that passed every check short of loading it.
+
+    Args:
+        name: the name it is served under.
+        path: the folder.
+        manifest: its ``cmc_delta.json``, or the defaults.
+        version: first 12 hex digits of a hash over every file that matters.
+        vocab_size: columns of the delta's logits.
+        max_positions: longest input of the architecture, or None if the config does not say.
+        weight_bytes: size of the safetensors files.
+        strength: strength of a request that gives none.
+    """
+
+    name: str
+    path: Path
+    manifest: DeltaManifest
+    version: str
+    vocab_size: int
+    max_positions: int | None
+    weight_bytes: int
+    strength: float
+
+    @property
+    def context_length(self) -> int | None:
+        """The window C of the design: the manifest's context length, else the model's maximum."""
+        return self.manifest.context_length or self.max_positions
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The delta's fast tokenizer.
+
+        Raises:
+            DeltaError: the folder has no usable tokenizer, or one larger than the delta's logits.
+        """
+        try:
+            tokenizer = load_tokenizer(str(self.path))
+        except MapError as error:
+            raise DeltaError(f"The delta {self.name!r} has no usable tokenizer: {error}") from None
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if size > self.vocab_size:
+            raise DeltaError(
+                f"The delta {self.name!r} has a vocabulary of {size} tokens but only {self.vocab_size} logits; "
+                "its tokenizer does not belong to it."
+            )
+        return tokenizer
+
+
+def open_delta(source: DeltaSource, roots: Sequence[Path] = ()) -> DeltaArtifact:
+    """Check a delta artifact and describe it.
+
+    Args:
+        source: name, path (folder or hub id) and optional strength.
+        roots: where given, the folder must lie inside one of these.
+
+    Raises:
+        DeltaNotFoundError: no such folder, and no such hub repository within reach.
+        DeltaError: a file is missing, corrupt, unsafe or does not fit.
+    """
+    folder = _locate(source.path, roots)
+    config = _read_config(folder)
+    weights = _check_weights(folder)
+    manifest = DeltaManifest.read(folder)
+    vocab_size = config.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise DeltaError(f"{folder / 'config.json'} gives no vocab_size; a causal language model is needed.")
+    max_positions = config.get("max_position_embeddings", config.get("n_positions"))
+    return DeltaArtifact(
+        name=source.name,
+        path=folder,
+        manifest=manifest,
+        version=content_version(folder),
+        vocab_size=vocab_size,
+        max_positions=max_positions if isinstance(max_positions, int) else None,
+        weight_bytes=sum(path.stat().st_size for path in weights),
+        strength=manifest.default_strength if source.strength is None else source.strength,
+    )
+
+
+def content_version(folder: Path) -> str:
+    """Hash over names and contents of the files that decide what a delta does.
+
+    Returns:
+        12 hex digits; equal for equal content wherever the folder lies.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_relevant_files(folder)):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:_VERSION_LENGTH]
+
+
+def _relevant_files(folder: Path) -> Iterable[Path]:
+    names = {"config.json", "generation_config.json", MANIFEST_FILE}
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors" or path.name in names or "token" in path.name or path.name == "vocab.txt":
+            yield path
+
+
+def _locate(path: str, roots: Sequence[Path]) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+            raise DeltaNotFoundError(f"The delta folder {path} does not exist.")
+        folder = _from_hub(path)
+    elif roots and not any(folder.resolve().is_relative_to(root.resolve()) for root in roots):
+        raise DeltaError(f"The delta folder {path} lies outside the allowed folders.")
+    if not folder.is_dir():
+        raise DeltaError(f"The delta path {path} is not a folder; give the folder that holds config.json.")
+    return folder.resolve()
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(_HUB_PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        raise DeltaNotFoundError(
+            f"There is no folder {repository}, and no Hugging Face repository of that name can be reached."
+        ) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeltaError(f"The delta folder {folder} has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise DeltaError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise DeltaError(f"{path} must hold a JSON object.")
+    if "auto_map" in config:
+        raise DeltaError(f"{path} asks for code from the repository (auto_map); deltas must not bring code.")
+    return config
+
+
+def _check_weights(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DeltaError(f"The delta folder {folder} has no .safetensors file; convert its weights to safetensors.")
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise DeltaError(f"{path} is not a valid safetensors file: {error}.") from None
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = set(_read_index(index).values())
+        missing = sorted(named - {path.name for path in files})
+        if missing:
+            raise DeltaError(f"{index} names {missing[0]}, which is missing from the delta folder.")
+    return files
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DeltaError(f"{index} is not a valid safetensors index: {error!r}.") from None
+    if not isinstance(weight_map, dict):
+        raise DeltaError(f"{index} is not a valid safetensors index: weight_map is not an object.")
+    return weight_map

@@ -1,0 +1,1 @@
+"""The rule, the life of a request, and the slow oracle."""

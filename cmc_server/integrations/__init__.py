@@ -1,0 +1,1 @@
+"""Adapters to the engines: vLLM (both runners) and transformers."""

@@ -1,0 +1,1 @@
+"""Make delta models beside a frozen template LLM."""
