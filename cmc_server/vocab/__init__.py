@@ -1,0 +1,1 @@
+"""Vocabularies free of their tokenizers' spelling, and maps between them."""
