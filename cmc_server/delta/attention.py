@@ -1,0 +1,157 @@
+"""Paged attention for packed rows, registered through transformers' attention interface.
+
+Any Hugging Face causal LM whose attention goes through that interface runs unmodified: it is given all new tokens of
+all rows as one packed sequence [1, T], and its attention layers call :func:`paged_attention`, which writes the new keys
+and values into the pool and lets every token attend to its own row's earlier positions.
+
+Shape letters: T packed tokens, R rows, Q queries per row, L cached positions, H heads, K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+IMPLEMENTATION = "cmc_paged"
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows attended to in one call: their queries padded to Q, their positions padded to L.
+
+    Args:
+        token_index: [R, Q] int64 into the packed tokens; padding repeats a valid index.
+        cache_index: [R, L] int64 into the pool's flat positions; padding repeats a valid index.
+        query_positions: [R, Q] int64, positions of the queries; -1 for padding.
+        query_mask: [R, Q] bool or None when nothing is padded.
+    """
+
+    token_index: Tensor
+    cache_index: Tensor
+    query_positions: Tensor
+    query_mask: Tensor | None
+
+    def to(self, device: torch.device) -> RowGroup:
+        """The same group on a device."""
+        mask = None if self.query_mask is None else self.query_mask.to(device)
+        return RowGroup(self.token_index.to(device), self.cache_index.to(device), self.query_positions.to(device), mask)
+
+
+class KeyValuePool:
+    """Keys and values of one delta model, reserved at start, and the layout of the forward pass under way.
+
+    Args:
+        num_layers: attention layers.
+        num_positions: positions per layer over all blocks.
+        num_kv_heads: key-value heads.
+        head_size: size of a head.
+        dtype: floating-point type of the cache.
+        device: where it lives.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_positions: int,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_positions, num_kv_heads, head_size)
+        # zero_() touches every page, so that an engine which sizes its own cache by free memory sees this one.
+        self.keys = torch.empty(shape, dtype=dtype, device=device).zero_()
+        self.values = torch.empty(shape, dtype=dtype, device=device).zero_()
+        self.slots = torch.empty(0, dtype=torch.int64, device=device)
+        self.groups: list[RowGroup] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Make every attention layer of ``model`` use this pool."""
+        for module in model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.cmc_pool = self  # type: ignore[assignment]
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed queries over the pool.
+
+    Args:
+        module: the attention layer; carries ``layer_idx`` and the pool.
+        query: [1, H, T, E].
+        key: [1, K, T, E], positions already encoded.
+        value: [1, K, T, E].
+        attention_mask: not used; the rows' own lengths decide.
+        scaling: factor on the scores; None is 1/sqrt(E).
+        sliding_window: a token sees this many positions including its own; None is all.
+        softcap: not supported.
+
+    Returns:
+        [1, T, H, E] and None for the weights.
+
+    Raises:
+        NotImplementedError: the model soft-caps its scores.
+    """
+    if softcap is not None:
+        raise NotImplementedError("attention with soft-capped scores")
+    pool: KeyValuePool = module.cmc_pool  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = pool.keys[layer], pool.values[layer]
+    keys.index_copy_(0, pool.slots, key[0].transpose(0, 1).to(keys.dtype))
+    values.index_copy_(0, pool.slots, value[0].transpose(0, 1).to(values.dtype))
+    tokens = query[0].transpose(0, 1)  # [T, H, E]
+    output = torch.empty_like(tokens)
+    for group in pool.groups:
+        queries = tokens[group.token_index].transpose(1, 2)  # [R, H, Q, E]
+        repeats = queries.shape[1] // keys.shape[1]
+        attended = scaled_dot_product_attention(
+            queries,
+            _heads(keys, group.cache_index, repeats),
+            _heads(values, group.cache_index, repeats),
+            attn_mask=_visible(group, sliding_window),
+            scale=scaling,
+        ).transpose(1, 2)
+        if group.query_mask is None:
+            output[group.token_index.flatten()] = attended.flatten(0, 1)
+        else:
+            output[group.token_index[group.query_mask]] = attended[group.query_mask]
+    return output.unsqueeze(0), None
+
+
+def _heads(cache: Tensor, index: Tensor, repeats: int) -> Tensor:
+    gathered = cache[index].transpose(1, 2)  # [R, K, L, E]
+    return gathered if repeats == 1 else gathered.repeat_interleave(repeats, dim=1)
+
+
+def _visible(group: RowGroup, sliding_window: int | None) -> Tensor:
+    """[R, 1, Q, L]: position p sees positions up to p, and no further back than the sliding window."""
+    positions = torch.arange(group.cache_index.shape[1], device=group.cache_index.device)
+    queries = group.query_positions.unsqueeze(-1)
+    visible = positions <= queries
+    if sliding_window is not None:
+        visible &= positions > queries - sliding_window
+    if group.query_mask is not None:
+        visible[..., 0] |= ~group.query_mask  # a padded query needs one key, or its softmax is undefined
+    return visible.unsqueeze(1)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Transformers asks for a mask; the pool knows the rows' lengths, so none is made."""
+
+
+AttentionInterface.register(IMPLEMENTATION, paged_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

@@ -1,0 +1,271 @@
+"""One delta model: tokens of many requests in, next-token logits out, with its own paged key-value cache.
+
+The slow reference with the same meaning is a plain forward pass over each whole input, see ``fusion/reference.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
+from cmc_server.delta.blocks import BlockPool, CachedSequence
+from cmc_server.delta.store import DeltaArtifact
+from cmc_server.errors import DeltaError
+
+BLOCK_SIZE = 32
+#: Tokens per forward pass; a longer prefill runs in pieces, which bounds the workspace.
+MAX_TOKENS = 1024
+#: Rows with at most this many new tokens are attended to together, padded to one length.
+_SHORT = 4
+_DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One row of a step.
+
+    Args:
+        sequence: the row's cached positions.
+        ids: the whole (windowed) delta input, at least one id.
+        keep: how many leading ids are unchanged since the last call for this sequence.
+    """
+
+    sequence: CachedSequence
+    ids: Sequence[int]
+    keep: int
+
+
+@dataclass
+class _Piece:
+    row: int
+    start: int
+    stop: int
+
+
+class DeltaRunner:
+    """Runs one delta model, batched over rows of unequal length.
+
+    Args:
+        artifact: the checked delta folder.
+        max_seqs: how many sequences may be cached at once, each up to the full context.
+        device: where the model lives.
+        dtype: float32 or bfloat16.
+
+    Raises:
+        DeltaError: the weights do not fit the config, or the architecture's attention is not standard.
+    """
+
+    def __init__(
+        self, artifact: DeltaArtifact, *, max_seqs: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.artifact = artifact
+        self.device = device
+        self.dtype = dtype
+        self.context_length = artifact.context_length or _DEFAULT_CONTEXT
+        self.max_seqs = max_seqs
+        self._model = load_model(artifact, dtype, IMPLEMENTATION).to(device)
+        self.vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
+        self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        blocks_per_seq = -(-self.context_length // BLOCK_SIZE)
+        self.blocks = BlockPool(max_seqs * blocks_per_seq, BLOCK_SIZE)
+        layers, heads, head_size = cache_shape(self._model.config)
+        self._pool = KeyValuePool(layers, self.blocks.num_blocks * BLOCK_SIZE, heads, head_size, dtype, device)
+        self._pool.attach(self._model)
+        self._check_attention()
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model; tied ones count once."""
+        return sum(int(parameter.numel()) for parameter in self._model.parameters())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes reserved for weights and key-value cache."""
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+        return weights + 2 * self._pool.keys.numel() * self._pool.keys.element_size()
+
+    def new_sequence(self) -> CachedSequence:
+        """An empty sequence; it holds blocks only once it is fed."""
+        return CachedSequence(self.blocks)
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+        """Logits after the last id of every row.
+
+        Args:
+            feeds: rows with different sequences.
+
+        Returns:
+            [len(feeds), D] float32.
+
+        Raises:
+            CapacityError: the key-value cache is too small; the sequences stay usable.
+        """
+        output = torch.empty(len(feeds), self.vocab_size, device=self.device)
+        pieces = [self._begin(row, feed) for row, feed in enumerate(feeds)]
+        while pieces:
+            batch, pieces = _split(pieces, MAX_TOKENS)
+            ended = [piece for piece in batch if piece.stop == len(feeds[piece.row].ids)]
+            logits = self._run(feeds, batch, [piece.row for piece in ended])
+            for piece in batch:
+                feeds[piece.row].sequence.length = piece.stop
+            if ended:
+                output[torch.tensor([piece.row for piece in ended], device=self.device)] = logits
+        return output
+
+    def _begin(self, row: int, feed: Feed) -> _Piece:
+        # The last id is always fed, since its logits are wanted and are not kept.
+        feed.sequence.truncate(min(feed.keep, len(feed.ids) - 1))
+        feed.sequence.reserve(len(feed.ids))
+        return _Piece(row, feed.sequence.length, len(feed.ids))
+
+    def _run(self, feeds: Sequence[Feed], pieces: list[_Piece], ended: list[int]) -> Tensor:
+        """One forward pass over packed pieces; [len(ended), D] float32."""
+        ids: list[int] = []
+        positions: list[int] = []
+        offsets: list[int] = []
+        slots: list[Tensor] = []
+        for piece in pieces:
+            offsets.append(len(ids))
+            ids.extend(feeds[piece.row].ids[piece.start : piece.stop])
+            positions.extend(range(piece.start, piece.stop))
+            slots.append(_flat_positions(feeds[piece.row].sequence, piece.stop))
+        self._pool.slots = torch.cat([flat[piece.start :] for flat, piece in zip(slots, pieces, strict=True)]).to(
+            self.device
+        )
+        self._pool.groups = [group.to(self.device) for group in _group_rows(pieces, offsets, slots)]
+        last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
+        wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in set(ended)]
+        return self._logits(ids, positions, torch.tensor(wanted, dtype=torch.int64, device=self.device))
+
+    def _logits(self, ids: list[int], positions: list[int], wanted: Tensor) -> Tensor:
+        extra: dict[str, Any] = {"logits_to_keep": wanted} if self._can_select else {}
+        logits: Tensor = self._model(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            **extra,
+        ).logits[0]
+        return (logits if self._can_select else logits[wanted]).float()
+
+    def _check_attention(self) -> None:
+        """Compare with the model's own attention on a short input, fed in three steps and rolled back once."""
+        ids = [(7 * position + 1) % self.vocab_size for position in range(min(12, self.context_length))]
+        sequence = self.new_sequence()
+        reference = load_model(self.artifact, self.dtype, "eager").to(self.device)
+        try:
+            with torch.inference_mode():
+                expected = (
+                    reference(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1].float()
+                )
+            self.forward([Feed(sequence, ids[:5], 0)])
+            self.forward([Feed(sequence, ids[:7], 3)])
+            actual = self.forward([Feed(sequence, ids, 7)])[0]
+        except (NotImplementedError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+            raise DeltaError(f"The delta {self.artifact.name!r} has no standard attention: {error}.") from error
+        finally:
+            sequence.free()
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        scale = expected.abs().max().clamp(min=1)
+        if not torch.allclose(actual / scale, expected / scale, atol=tolerance, rtol=0):
+            raise DeltaError(
+                f"The delta {self.artifact.name!r} has no standard attention: its logits through the cache differ "
+                f"by {(actual - expected).abs().max():.2g} from the model's own."
+            )
+
+
+def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The delta as a transformers model in eval mode, from safetensors, without remote code.
+
+    Raises:
+        DeltaError: transformers cannot load it, or a weight is missing or of the wrong shape.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            artifact.path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises nearly anything here; every cause makes the delta unusable
+        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {error}.") from error
+    faults = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report.get("mismatched_keys", ()))
+    if faults:
+        raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
+
+
+def cache_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size that a config implies."""
+    heads: int = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(config.num_hidden_layers), int(kv_heads), int(head_size)
+
+
+def memory_needed(artifact: DeltaArtifact, max_seqs: int, dtype: torch.dtype) -> int:
+    """Bytes that a runner of this delta would reserve, known before anything is loaded.
+
+    Raises:
+        DeltaError: transformers does not know the architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, local_files_only=True)
+        layers, heads, head_size = cache_shape(config)
+    except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        raise DeltaError(f"The delta {artifact.name!r} is of an unknown architecture: {error}.") from error
+    blocks = max_seqs * -(-(artifact.context_length or _DEFAULT_CONTEXT) // BLOCK_SIZE)
+    return artifact.weight_bytes + 2 * layers * blocks * BLOCK_SIZE * heads * head_size * dtype.itemsize
+
+
+def _split(pieces: list[_Piece], budget: int) -> tuple[list[_Piece], list[_Piece]]:
+    """The pieces of one forward pass of at most ``budget`` tokens, and what is left for later ones."""
+    batch: list[_Piece] = []
+    left: list[_Piece] = []
+    for piece in pieces:
+        count = min(piece.stop - piece.start, budget)
+        if count:
+            batch.append(_Piece(piece.row, piece.start, piece.start + count))
+        if piece.start + count < piece.stop:
+            left.append(_Piece(piece.row, piece.start + count, piece.stop))
+        budget -= count
+    return batch, left
+
+
+def _flat_positions(sequence: CachedSequence, length: int) -> Tensor:
+    """[length] int64: where each position of a sequence lies in the pool."""
+    blocks = torch.tensor(sequence.blocks, dtype=torch.int64).unsqueeze(1) * BLOCK_SIZE
+    return (blocks + torch.arange(BLOCK_SIZE)).flatten()[:length]
+
+
+def _group_rows(pieces: list[_Piece], offsets: list[int], slots: list[Tensor]) -> list[RowGroup]:
+    """Short pieces (decoding) in one group, every long one (prefill) in a group of its own."""
+    short = [index for index, piece in enumerate(pieces) if piece.stop - piece.start <= _SHORT]
+    long = [[index] for index, piece in enumerate(pieces) if piece.stop - piece.start > _SHORT]
+    return [_row_group(pieces, offsets, slots, members) for members in ([short] if short else []) + long]
+
+
+def _row_group(pieces: list[_Piece], offsets: list[int], slots: list[Tensor], members: list[int]) -> RowGroup:
+    counts = torch.tensor([pieces[index].stop - pieces[index].start for index in members]).unsqueeze(1)
+    starts = torch.tensor([pieces[index].start for index in members]).unsqueeze(1)
+    firsts = torch.tensor([offsets[index] for index in members]).unsqueeze(1)
+    steps = torch.arange(int(counts.max())).unsqueeze(0)
+    real = steps < counts
+    cache_index = torch.nn.utils.rnn.pad_sequence([slots[index] for index in members], batch_first=True)
+    return RowGroup(
+        token_index=torch.where(real, firsts + steps, firsts),
+        cache_index=cache_index,
+        query_positions=torch.where(real, starts + steps, -1),
+        query_mask=None if bool(real.all()) else real,
+    )

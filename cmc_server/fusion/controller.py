@@ -1,0 +1,296 @@
+"""The life of steered requests, independent of any engine.
+
+An engine adapter knows rows and requests; the controller knows *slots*, numbers that the adapter chooses::
+
+    load(source)                 a delta becomes usable
+    admit(slot, prompt, controls)    a request takes a slot
+    advance(slot, token_ids)     its response grew
+    shift(rows, logits)          add the deltas to the rows of some slots, in place
+    release(slot)                the request is gone
+
+A delta that fails never turns into base output: its row is forced to the reserved token, which ends the request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cmc_server.config import Unmapped
+from cmc_server.delta.blocks import CachedSequence
+from cmc_server.delta.runner import Feed
+from cmc_server.delta.spelling import DeltaInput, window_drop
+from cmc_server.errors import CapacityError, DeltaRuntimeError
+from cmc_server.fusion.loaded import LoadedDelta
+from cmc_server.fusion.rule import Shift, fuse_
+
+logger = logging.getLogger(__name__)
+
+
+class Steering(Protocol):
+    """One delta of a request as the controller takes it; ``integrations.request_args.ActiveDelta`` is one."""
+
+    @property
+    def name(self) -> str:
+        """Name of a loaded delta."""
+
+    @property
+    def strength(self) -> float:
+        """Factor on its logits."""
+
+    @property
+    def version(self) -> str | None:
+        """Content that the caller expects; None takes what is loaded."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int] | None:
+        """The prompt in the delta's tokens; None spells the user LLM's prompt."""
+
+
+@dataclass
+class _Stream:
+    """One delta of one request: its input, and what of it is cached."""
+
+    delta: LoadedDelta
+    strength: float
+    text: DeltaInput
+    sequence: CachedSequence | None = None
+    dropped: int = 0
+    keep: int = 0
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        unchanged = self.text.extend(token_ids)
+        dropped = window_drop(len(self.text.ids), self.delta.runner.context_length)
+        num_bos = self.num_bos
+        kept = unchanged - self.dropped if unchanged >= num_bos + self.dropped else min(unchanged, num_bos)
+        self.keep = min(self.keep, kept if dropped == self.dropped else num_bos)
+        self.dropped = dropped
+
+    @property
+    def num_bos(self) -> int:
+        bos = self.delta.encoder.bos_ids
+        return len(bos) if bos and self.text.ids[: len(bos)] == bos else 0
+
+    def window(self) -> list[int]:
+        """The ids that the delta reads: all, or the bos and what is left behind the dropped ones."""
+        ids = self.text.ids
+        return ids[: self.num_bos] + ids[self.num_bos + self.dropped :] if self.dropped else ids
+
+
+@dataclass
+class _Request:
+    streams: list[_Stream] = field(default_factory=list)
+    unmapped: Unmapped = "zero"
+    failed: bool = False
+
+
+#: A row of the logits and the request that it belongs to.
+_Row = tuple[int, _Request]
+
+
+class DeltaController:
+    """Keeps every steered request's deltas up to date and applies the rule.
+
+    Args:
+        reserved_token_id: user token that ends a failed request; masked for all other steered rows. None raises
+            :class:`DeltaRuntimeError` instead, for engines where the caller sees the exception.
+    """
+
+    def __init__(self, reserved_token_id: int | None = None) -> None:
+        self._reserved = reserved_token_id
+        self._deltas: dict[str, LoadedDelta] = {}
+        self._requests: dict[int, _Request] = {}
+        self._cached: dict[LoadedDelta, OrderedDict[int, _Stream]] = {}
+
+    @property
+    def deltas(self) -> Mapping[str, LoadedDelta]:
+        """The loaded deltas by name."""
+        return self._deltas
+
+    def load(self, delta: LoadedDelta) -> None:
+        """Make a delta usable under its name. Requests that run on an older one of that name keep theirs."""
+        self._deltas[delta.name] = delta
+        self._cached.setdefault(delta, OrderedDict())
+
+    def unload(self, name: str) -> None:
+        """Forget a delta; requests that run on it keep it."""
+        del self._deltas[name]
+
+    def admit(
+        self, slot: int, prompt: Sequence[int] | None, steering: Sequence[Steering], unmapped: Unmapped | None = None
+    ) -> None:
+        """Give a slot to a request. Whatever held the slot before is released.
+
+        Args:
+            slot: the adapter's number for the request.
+            prompt: user token ids of the prompt, used where a steering brings no ``prompt_ids``; None if unknown.
+            steering: the active deltas, at least one.
+            unmapped: the request's policy; None lets the manifests decide.
+        """
+        self.release(slot)
+        request = self._requests[slot] = _Request()
+        try:
+            request.streams = [self._open(prompt, one) for one in steering]
+        except Exception as error:  # any cause must end the request, never the engine
+            self._fail(request, f"a delta could not be started: {error}")
+        policies = [stream.delta.artifact.manifest.unmapped for stream in request.streams]
+        request.unmapped = unmapped or ("preserve" if "preserve" in policies else "zero")
+
+    def advance(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Append response tokens to a request."""
+        request = self._requests[slot]
+        if request.failed or not token_ids:
+            return
+        try:
+            for stream in request.streams:
+                stream.extend(token_ids)
+        except Exception as error:  # see admit
+            self._fail(request, f"the response could not be spelled: {error}")
+
+    def release(self, slot: int) -> None:
+        """Forget a request and free its cache; a slot that nobody holds is fine."""
+        request = self._requests.pop(slot, None)
+        for stream in request.streams if request else ():
+            self._drop_cache(stream)
+
+    def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> Tensor:
+        """Apply the rule in place.
+
+        Args:
+            rows: (row of ``logits``, slot) for every steered row, slots without repetition.
+            logits: [B, U] float32.
+
+        Returns:
+            ``logits``; rows that are not named are bit-identical.
+
+        Raises:
+            DeltaRuntimeError: a delta failed and there is no reserved token.
+        """
+        steered = [(row, self._requests[slot]) for row, slot in rows]
+        delta_logits = self._delta_logits([request for _, request in steered if not request.failed])
+        for members in _same_deltas(steered).values():
+            try:
+                self._apply(members, delta_logits, logits)
+            except Exception as error:  # see admit
+                for _, request in members:
+                    self._fail(request, f"the logits could not be added: {error}")
+        for row, request in steered:
+            if request.failed:
+                self._end(logits[row])
+        return logits
+
+    def _apply(self, members: list[_Row], delta_logits: dict[int, Tensor], logits: Tensor) -> None:
+        """The rule for rows that share their deltas and policy."""
+        index = torch.tensor([row for row, _ in members], device=logits.device)
+        first = members[0][1]
+        shifts = []
+        for position, stream in enumerate(first.streams):
+            streams = [request.streams[position] for _, request in members]
+            silent = torch.zeros(stream.delta.runner.vocab_size, device=logits.device)  # of an empty delta input
+            stacked = torch.stack([delta_logits.get(id(one), silent) for one in streams])
+            strengths = torch.tensor([one.strength for one in streams], device=logits.device)
+            shifts.append(Shift(stacked, stream.delta.delta_ids, strengths))
+        fuse_(logits, index, shifts, first.unmapped)
+        if self._reserved is not None:
+            logits[index, self._reserved] = -torch.inf
+
+    def _delta_logits(self, requests: Sequence[_Request]) -> dict[int, Tensor]:
+        """[D] float32 per stream (by identity), one forward pass per delta over all its rows."""
+        by_delta: dict[LoadedDelta, list[tuple[_Request, _Stream]]] = {}
+        for request in requests:
+            for stream in request.streams:
+                if stream.text.ids:
+                    by_delta.setdefault(stream.delta, []).append((request, stream))
+        results: dict[int, Tensor] = {}
+        for pairs in by_delta.values():
+            results.update(self._run(pairs))
+        return results
+
+    def _run(self, pairs: list[tuple[_Request, _Stream]]) -> dict[int, Tensor]:
+        runner = pairs[0][1].delta.runner
+        try:
+            running = [(request, stream) for request, stream in pairs if self._with_cache(request, stream, pairs)]
+            feeds = [Feed(stream.sequence, stream.window(), stream.keep) for _, stream in running if stream.sequence]
+            logits = runner.forward(feeds)
+            finite = torch.isfinite(logits).all(dim=-1).tolist()
+        except Exception as error:  # see admit
+            for request, stream in pairs:
+                self._fail(request, f"delta {stream.delta.name!r} failed: {error}")
+                self._drop_cache(stream)
+            return {}
+        results = {}
+        for row, ((request, stream), is_finite) in enumerate(zip(running, finite, strict=True)):
+            stream.keep = len(feeds[row].ids)
+            results[id(stream)] = logits[row]
+            if not is_finite:
+                self._fail(request, f"delta {stream.delta.name!r} gave logits that are not finite")
+        return results
+
+    def _open(self, prompt: Sequence[int] | None, steering: Steering) -> _Stream:
+        delta = self._deltas.get(steering.name)
+        if delta is None:
+            raise DeltaRuntimeError(f"delta {steering.name!r} is not loaded")
+        if steering.version is not None and steering.version != delta.artifact.version:
+            raise DeltaRuntimeError(
+                f"delta {steering.name!r} is loaded as version {delta.artifact.version}, not {steering.version}"
+            )
+        prompt_ids = steering.prompt_ids
+        if prompt_ids is None:
+            if prompt is None:
+                raise DeltaRuntimeError("the prompt has no token ids")
+            prompt_ids = delta.prompt_ids(prompt)
+        stream = _Stream(delta, steering.strength, DeltaInput(delta.speller, prompt_ids))
+        stream.extend(())
+        return stream
+
+    def _with_cache(self, request: _Request, stream: _Stream, pairs: list[tuple[_Request, _Stream]]) -> bool:
+        """See that a stream holds a cached sequence, taking one from a row that is not in this step if need be."""
+        cached = self._cached[stream.delta]
+        if stream.sequence is None:
+            if len(cached) >= stream.delta.runner.max_seqs:
+                in_step = {id(other) for _, other in pairs}
+                idle = next((other for key, other in cached.items() if key not in in_step), None)
+                if idle is None:
+                    error = CapacityError(f"more than {len(cached)} rows run on delta {stream.delta.name!r}")
+                    self._fail(request, f"{error}; raise --max-delta-seqs")
+                    return False
+                self._drop_cache(idle)
+            stream.sequence, stream.keep = stream.delta.runner.new_sequence(), 0
+            cached[id(stream)] = stream
+        cached.move_to_end(id(stream))
+        return True
+
+    def _drop_cache(self, stream: _Stream) -> None:
+        if stream.sequence is not None:
+            stream.sequence.free()
+            stream.sequence, stream.keep = None, 0
+            del self._cached[stream.delta][id(stream)]
+
+    def _fail(self, request: _Request, reason: str) -> None:
+        if not request.failed:
+            logger.error("A steered request ends with an error: %s.", reason)
+        request.failed = True
+        if self._reserved is None:
+            raise DeltaRuntimeError(f"A steered request failed: {reason}.")
+
+    def _end(self, row: Tensor) -> None:
+        row.fill_(-torch.inf)
+        row[self._reserved] = 0.0
+
+
+def _same_deltas(
+    steered: Sequence[tuple[int, _Request]],
+) -> dict[tuple[Unmapped | LoadedDelta, ...], list[tuple[int, _Request]]]:
+    """Rows grouped by their deltas and policy, so that each group is one application of the rule."""
+    groups: dict[tuple[Unmapped | LoadedDelta, ...], list[tuple[int, _Request]]] = {}
+    for row, request in steered:
+        if not request.failed:
+            key = (request.unmapped, *(stream.delta for stream in request.streams))
+            groups.setdefault(key, []).append((row, request))
+    return groups

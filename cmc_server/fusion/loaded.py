@@ -1,0 +1,122 @@
+"""A delta made ready for one user LLM: weights, map, speller and prompt encoder together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmc_server.config import DeltaSource, EngineSettings
+from cmc_server.delta.prompt import PromptEncoder
+from cmc_server.delta.runner import DeltaRunner, memory_needed
+from cmc_server.delta.spelling import Speller
+from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.errors import CapacityError, DeltaError
+from cmc_server.vocab.special import read_overrides
+from cmc_server.vocab.surface import Vocabulary, load_vocabulary
+from cmc_server.vocab.vocab_map import VocabularyMap, cached_map
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedDelta:
+    """Everything that the controller needs of one delta. Equal only to itself, so that it can be a key.
+
+    Args:
+        artifact: the checked folder.
+        runner: its forward pass and cache.
+        speller: user tokens in its own tokens.
+        encoder: its prompt rendering.
+        vocab_map: user tokens to delta tokens.
+        delta_ids: the map as int64 on the runner's device.
+    """
+
+    artifact: DeltaArtifact
+    runner: DeltaRunner
+    speller: Speller
+    encoder: PromptEncoder
+    vocab_map: VocabularyMap
+    delta_ids: Tensor
+
+    @property
+    def name(self) -> str:
+        """The name it is served under."""
+        return self.artifact.name
+
+    def prompt_ids(self, user_prompt: Sequence[int]) -> list[int]:
+        """The delta's prompt where the caller rendered none: bos as the delta wants it, then the prompt spelled."""
+        return [*self.encoder.bos_ids, *self.speller.spell_prompt(user_prompt)]
+
+
+def load_delta(
+    source: DeltaSource, user: Vocabulary, settings: EngineSettings, *, max_seqs: int, device: torch.device
+) -> LoadedDelta:
+    """Check, map and load a delta for a user LLM.
+
+    Raises:
+        DeltaError: the artifact cannot be used, or its map covers too little of the user vocabulary.
+        MapError: the map cannot be built.
+    """
+    artifact = open_delta(source)
+    tokenizer = artifact.tokenizer()
+    delta = load_vocabulary(str(artifact.path))
+    overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
+    vocab_map = cached_map(user, delta, overrides, Path(settings.cache_dir) if settings.cache_dir else None)
+    if vocab_map.coverage < settings.min_coverage and not settings.force_coverage:
+        raise DeltaError(
+            f"The delta {artifact.name!r} knows only {vocab_map.coverage:.0%} of the user LLM's tokens, less than "
+            f"{settings.min_coverage:.0%}; force it with --force-coverage if that is what you want."
+        )
+    runner = DeltaRunner(artifact, max_seqs=max_seqs, device=device, dtype=delta_dtype(settings, device))
+    return LoadedDelta(
+        artifact=artifact,
+        runner=runner,
+        speller=Speller(user, delta, vocab_map, tokenizer),
+        encoder=PromptEncoder(tokenizer, artifact.manifest),
+        vocab_map=vocab_map,
+        delta_ids=torch.from_numpy(vocab_map.delta_ids).to(device=device, dtype=torch.int64),
+    )
+
+
+def delta_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
+    """The computing type: as set, else float32 on a CPU and bfloat16 elsewhere."""
+    if settings.delta_dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.delta_dtype]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def plan_seqs(settings: EngineSettings, engine_max_seqs: int, device: torch.device) -> int:
+    """How many rows may be steered at once within ``delta_memory``.
+
+    Args:
+        settings: an explicit ``max_delta_seqs`` must fit; without one, as many as fit are planned.
+        engine_max_seqs: rows that the engine runs at once.
+        device: decides the computing type.
+
+    Raises:
+        CapacityError: the deltas do not fit, with the numbers.
+    """
+    artifacts = [open_delta(source) for source in settings.deltas]
+    dtype = delta_dtype(settings, device)
+    budget = settings.delta_memory * _GIB
+
+    def needed(max_seqs: int) -> int:
+        return sum(memory_needed(artifact, max_seqs, dtype) for artifact in artifacts)
+
+    wanted = min(settings.max_delta_seqs or engine_max_seqs, engine_max_seqs)
+    if needed(wanted) <= budget:
+        return wanted
+    weights = needed(0)
+    per_seq = needed(1) - weights
+    fitting = int((budget - weights) // per_seq)
+    if settings.max_delta_seqs is None and fitting >= 1:
+        return fitting
+    raise CapacityError(
+        f"The deltas need {needed(wanted) / _GIB:.2f} GiB for {wanted} rows ({weights / _GIB:.2f} GiB of weights and "
+        f"{per_seq / _GIB:.4f} GiB per row), but --delta-memory is {settings.delta_memory:g} GiB; raise it or lower "
+        f"--max-delta-seqs (at most {max(fitting, 0)} rows fit)."
+    )

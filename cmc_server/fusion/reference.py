@@ -1,0 +1,152 @@
+"""The slow oracle: the rule on plain transformers, every step from scratch, nothing cached, nothing batched.
+
+Everything fast is judged against this file. It shares with the serving path the rule, the map and the definition of the
+spelling, and nothing else: no paged attention, no incremental spelling, no controller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cmc_server.config import DeltaSource, Unmapped
+from cmc_server.delta.prompt import PromptEncoder
+from cmc_server.delta.runner import load_model
+from cmc_server.delta.spelling import Speller
+from cmc_server.delta.store import open_delta
+from cmc_server.fusion.rule import Shift, fuse
+from cmc_server.vocab.surface import load_vocabulary
+from cmc_server.vocab.vocab_map import build_map
+
+_DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class ReferenceDelta:
+    """One delta, loaded as plainly as possible."""
+
+    model: PreTrainedModel
+    speller: Speller
+    encoder: PromptEncoder
+    delta_ids: Tensor
+    context_length: int
+    unmapped: Unmapped
+
+    def read(self, prompt_ids: Sequence[int], response: Sequence[int]) -> list[int]:
+        """The delta input of the design, cut to the window."""
+        ids = self.speller.delta_input(prompt_ids, response)
+        context = self.context_length
+        if len(ids) <= context:
+            return ids
+        bos = ids[: len(self.encoder.bos_ids)] if ids[: len(self.encoder.bos_ids)] == self.encoder.bos_ids else []
+        half = context // 2
+        return bos + ids[len(bos) + math.ceil((len(ids) - context) / half) * half :]
+
+    def logits(self, prompt_ids: Sequence[int], response: Sequence[int]) -> Tensor:
+        """[D] float32 after the whole input; zeros if there is nothing to read."""
+        ids = self.read(prompt_ids, response)
+        if not ids:
+            return torch.zeros(self.model.get_output_embeddings().weight.shape[0])
+        logits: Tensor = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        return logits.float()
+
+
+class ReferenceFusedLM:
+    """A user LLM with deltas, in float32 on the CPU, for checking.
+
+    Args:
+        user_path: folder or hub id of the user LLM.
+        deltas: name to folder of each delta.
+    """
+
+    def __init__(self, user_path: str | Path, deltas: Mapping[str, str | Path]) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(user_path, dtype=torch.float32).eval()
+        self.vocabulary = load_vocabulary(str(user_path))
+        self.deltas = {name: self._load(name, str(path)) for name, path in deltas.items()}
+
+    def _load(self, name: str, path: str) -> ReferenceDelta:
+        artifact = open_delta(DeltaSource(name=name, path=path))
+        tokenizer = artifact.tokenizer()
+        delta = load_vocabulary(str(artifact.path))
+        vocab_map = build_map(self.vocabulary, delta)
+        return ReferenceDelta(
+            model=load_model(artifact, torch.float32, "eager"),
+            speller=Speller(self.vocabulary, delta, vocab_map, tokenizer),
+            encoder=PromptEncoder(tokenizer, artifact.manifest),
+            delta_ids=torch.from_numpy(vocab_map.delta_ids).long(),
+            context_length=artifact.context_length or _DEFAULT_CONTEXT,
+            unmapped=artifact.manifest.unmapped or "zero",
+        )
+
+    @torch.inference_mode()
+    def step(
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        strengths: Mapping[str, float],
+        *,
+        delta_prompts: Mapping[str, Sequence[int]] | None = None,
+        unmapped: Unmapped = "zero",
+    ) -> Tensor:
+        """Fused logits after a prompt and the response so far.
+
+        Args:
+            prompt: user token ids.
+            response: user token ids.
+            strengths: delta name to strength; those at 0 are left out.
+            delta_prompts: prompt in each delta's tokens, as the front door sends it; None spells the user prompt.
+            unmapped: policy for tokens outside the maps.
+
+        Returns:
+            [U] float32.
+        """
+        ids = torch.tensor([[*prompt, *response]])
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        shifts = []
+        for name, strength in strengths.items():
+            if strength:
+                delta = self.deltas[name]
+                spelled = (delta_prompts or {}).get(name)
+                if spelled is None:
+                    spelled = [*delta.encoder.bos_ids, *delta.speller.spell_prompt(prompt)]
+                shifts.append(Shift(delta.logits(spelled, response).unsqueeze(0), delta.delta_ids, float(strength)))
+        return fuse(logits, shifts, unmapped)[0]
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        strengths: Mapping[str, float],
+        *,
+        max_tokens: int,
+        delta_prompts: Mapping[str, Sequence[int]] | None = None,
+        unmapped: Unmapped = "zero",
+        end_ids: Sequence[int] = (),
+    ) -> list[int]:
+        """Greedy decoding; the response includes the end token if one was reached."""
+        response: list[int] = []
+        while len(response) < max_tokens and not (response and response[-1] in end_ids):
+            logits = self.step(prompt, response, strengths, delta_prompts=delta_prompts, unmapped=unmapped)
+            response.append(int(logits.argmax()))
+        return response
+
+    def worst_gap(
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        strengths: Mapping[str, float],
+        *,
+        delta_prompts: Mapping[str, Sequence[int]] | None = None,
+        unmapped: Unmapped = "zero",
+    ) -> float:
+        """Teacher forcing: how far, at worst, an emitted token lies below the oracle's best one in logits."""
+        worst = 0.0
+        for position, token in enumerate(response):
+            logits = self.step(prompt, response[:position], strengths, delta_prompts=delta_prompts, unmapped=unmapped)
+            worst = max(worst, float(logits.max() - logits[token]))
+        return worst

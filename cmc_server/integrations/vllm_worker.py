@@ -1,0 +1,96 @@
+"""The deltas inside a vLLM worker: started with the processor, reached by remote procedure calls."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from cmc_server.config import EngineSettings
+from cmc_server.errors import ConfigError
+from cmc_server.fusion.controller import DeltaController
+from cmc_server.fusion.loaded import load_delta, plan_seqs
+from cmc_server.vocab.surface import load_vocabulary
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerDeltas(DeltaController):
+    """A controller with what this worker says about itself.
+
+    Args:
+        settings: as the launcher set them.
+        runner: which of vLLM's model runners it serves.
+    """
+
+    def __init__(self, settings: EngineSettings, runner: Literal["v1", "v2"]) -> None:
+        super().__init__(settings.reserved_token_id)
+        self.runner = runner
+        self.max_delta_seqs = 0
+
+    def status(self) -> dict[str, Any]:
+        """What the front door compares with its own view."""
+        return {
+            "processor": True,
+            "runner": self.runner,
+            "max_delta_seqs": self.max_delta_seqs,
+            "deltas": [
+                {
+                    "name": delta.name,
+                    "version": delta.artifact.version,
+                    "num_parameters": delta.runner.num_parameters,
+                    "memory_bytes": delta.runner.memory_bytes,
+                    "dtype": str(delta.runner.dtype).removeprefix("torch."),
+                    "coverage": delta.vocab_map.coverage,
+                    "match": dict(delta.vocab_map.counts),
+                }
+                for delta in self.deltas.values()
+            ],
+        }
+
+
+#: The deltas of this worker process; vLLM offers no other way from the worker extension to the processor.
+_current: WorkerDeltas | None = None
+
+
+def start_deltas(vllm_config: VllmConfig, device: torch.device, runner: Literal["v1", "v2"]) -> WorkerDeltas:
+    """Load every delta of the settings for this engine's user LLM.
+
+    Raises:
+        ConfigError: the settings are invalid, or the engine runs without a tokenizer.
+        UserError: a delta cannot be used or does not fit.
+    """
+    global _current
+    settings = EngineSettings.from_additional_config(vllm_config.additional_config)
+    deltas = WorkerDeltas(settings, runner)
+    if settings.deltas and _samples_here():
+        model = vllm_config.model_config
+        if model.skip_tokenizer_init:
+            raise ConfigError("Deltas need the user LLM's tokenizer; start without --skip-tokenizer-init.")
+        user = load_vocabulary(str(model.tokenizer))
+        deltas.max_delta_seqs = plan_seqs(settings, vllm_config.scheduler_config.max_num_seqs, device)
+        for source in settings.deltas:
+            loaded = load_delta(source, user, settings, max_seqs=deltas.max_delta_seqs, device=device)
+            deltas.load(loaded)
+            logger.info("Delta %s (version %s) is ready.", loaded.name, loaded.artifact.version)
+    _current = deltas
+    return deltas
+
+
+def _samples_here() -> bool:
+    """Whether this rank samples: under pipeline parallelism only the last one does."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
+
+
+class DeltaWorkerExtension:
+    """Methods that ``--worker-extension-cls`` adds to vLLM's worker, for ``collective_rpc``."""
+
+    def cmc_status(self) -> dict[str, Any]:
+        """Whether the processor is there, and which deltas it has loaded."""
+        return {"processor": False, "runner": None, "deltas": []} if _current is None else _current.status()
