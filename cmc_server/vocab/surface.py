@@ -92,7 +92,30 @@ def load_vocabulary(path: str) -> Vocabulary:
     Raises:
         MapError: the tokenizer or the generation config cannot be used.
     """
-    return read_vocabulary(load_tokenizer(path), _generation_config(path))
+    return read_vocabulary(load_tokenizer(path), read_generation_config(path))
+
+
+def read_generation_config(path: str) -> Mapping[str, Any] | None:
+    """The ``generation_config.json`` of a model folder or hub id, or None where there is none.
+
+    Raises:
+        MapError: the file is not a JSON object.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(
+            path,
+            "generation_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        config = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MapError(f"The generation_config.json of {path} cannot be read: {error}.") from None
+    if config is not None and not isinstance(config, dict):
+        raise MapError(f"The generation_config.json of {path} must hold a JSON object.")
+    return config
 
 
 def read_vocabulary(
@@ -130,24 +153,6 @@ def _backend(tokenizer: Any, name: str) -> Any:
     if backend is None or not getattr(tokenizer, "is_fast", False):
         raise MapError(f"The tokenizer {name} is not a fast one; a tokenizer.json is needed.")
     return backend
-
-
-def _generation_config(path: str) -> Mapping[str, Any] | None:
-    from transformers.utils import cached_file
-
-    try:
-        file = cached_file(
-            path,
-            "generation_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        config = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MapError(f"The generation_config.json of {path} cannot be read: {error}.") from None
-    if config is not None and not isinstance(config, dict):
-        raise MapError(f"The generation_config.json of {path} must hold a JSON object.")
-    return config
 
 
 def _contents(model_ids: Mapping[str, int], added: Mapping[int, Any]) -> tuple[str | None, ...]:
