@@ -87,6 +87,8 @@ install_engine() {
         return
     fi
     local version
+    "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null \
+        || die "vLLM needs the system library libnuma; install it (Debian and Ubuntu: apt install libnuma1)."
     version=$(supported_vllm)
     install_torch_cpu
     pip_install --requirement "$repo/deploy/requirements-cpu.txt"

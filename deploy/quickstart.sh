@@ -137,7 +137,7 @@ if server_pid >/dev/null; then
     url=$(cat "$state/server.url")
     say "a server of this script already runs on $url"
 else
-    trap 'if ! $finished; then stop_server; fi' EXIT
+    trap 'if ! $finished && server_pid >/dev/null; then stop_server; fi' EXIT
     trap 'exit 130' INT TERM
     start_server
 fi
