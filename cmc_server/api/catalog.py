@@ -1,0 +1,103 @@
+"""The deltas that this process offers: what the front door, the routes and the readiness check share."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from cmc_server.api.controls import ChosenDelta, DeltaOffer, Offer
+from cmc_server.api.messages import Chat
+from cmc_server.config import EngineSettings
+from cmc_server.delta.prompt import PromptEncoder
+from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.errors import ControlsError, DeltaError
+
+_ENCODING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class ServedDelta:
+    """A delta as the API process knows it: its artifact, and an encoder for its prompts."""
+
+    artifact: DeltaArtifact
+    encoder: PromptEncoder
+    # A fast tokenizer may not encode in two threads at once.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def offer(self) -> DeltaOffer:
+        """What a request needs to know of it."""
+        artifact = self.artifact
+        return DeltaOffer(artifact.name, artifact.version, artifact.strength, artifact.manifest.unmapped)
+
+    def encode(self, chat: Chat) -> tuple[int, ...]:
+        """The chat's prompt in the delta's tokens.
+
+        Raises:
+            ControlsError: the delta's template or tokenizer cannot read the messages.
+        """
+        try:
+            with self.lock:
+                return tuple(self.encoder.encode_messages(chat.messages, **chat.options))
+        except (DeltaError, TypeError, ValueError) as error:
+            # TypeError and ValueError: text that no UTF-8 can hold, such as half of a surrogate pair.
+            raise ControlsError(
+                f"The delta {self.artifact.name!r} cannot read these messages: {error}", "messages"
+            ) from None
+
+
+class Catalog:
+    """The served deltas by name.
+
+    Args:
+        settings: the server's settings.
+        base_ids: ids under which vLLM serves the user LLM.
+        is_served: whether vLLM serves a model of this id, adapters included.
+
+    Raises:
+        DeltaError: a delta cannot be opened.
+    """
+
+    def __init__(self, settings: EngineSettings, base_ids: Sequence[str], is_served: Callable[[str], bool]) -> None:
+        self.base_ids = tuple(base_ids)
+        self.encoded_base_ids = frozenset(base_id.encode() for base_id in base_ids)
+        self.deltas = {source.name: _serve(open_delta(source)) for source in settings.deltas}
+        self.offer = Offer(
+            deltas={name: delta.offer for name, delta in self.deltas.items()},
+            base_model=base_ids[0],
+            is_served=is_served,
+            bounds=settings.strength_bounds,
+            max_deltas=settings.max_deltas_per_request,
+        )
+        self._threads = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="cmc-prompt")
+
+    @property
+    def max_rows(self) -> int | None:
+        """Steered rows that this process may run at once; None is without limit."""
+        return self.offer.max_rows
+
+    @max_rows.setter
+    def max_rows(self, rows: int) -> None:
+        self.offer = replace(self.offer, max_rows=rows)
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Version by name."""
+        return {name: delta.artifact.version for name, delta in self.deltas.items()}
+
+    async def encode(self, deltas: Sequence[ChosenDelta], chat: Chat) -> list[tuple[int, ...]]:
+        """The chat in each delta's tokens, off the event loop.
+
+        Raises:
+            ControlsError: a delta cannot read the messages.
+        """
+        loop = asyncio.get_running_loop()
+        jobs = (loop.run_in_executor(self._threads, self.deltas[delta.name].encode, chat) for delta in deltas)
+        return list(await asyncio.gather(*jobs))
+
+
+def _serve(artifact: DeltaArtifact) -> ServedDelta:
+    return ServedDelta(artifact, PromptEncoder(artifact.tokenizer(), artifact.manifest))

@@ -1,0 +1,111 @@
+"""What is checked before vLLM starts, so that a mistake costs seconds and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmc_server.config import DeltaSource, EngineSettings
+from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.errors import ConfigError, DeltaError
+from cmc_server.vocab.reserved import pick_reserved_token
+from cmc_server.vocab.special import Overrides, read_overrides
+from cmc_server.vocab.surface import Vocabulary, load_tokenizer, read_generation_config, read_vocabulary
+from cmc_server.vocab.vocab_map import cached_map
+
+
+@dataclass(frozen=True)
+class UserModel:
+    """The user LLM as far as deltas are concerned.
+
+    Args:
+        tokenizer: folder or hub id of its tokenizer.
+        num_logits: columns of its logits.
+        chat_template: a template, or the path of one, that replaces the tokenizer's own.
+    """
+
+    tokenizer: str
+    num_logits: int
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The outcome: settings complete for the workers, and one line per delta for people."""
+
+    settings: EngineSettings
+    lines: list[str]
+
+
+def check_names(settings: EngineSettings, served: Collection[str]) -> None:
+    """A delta may not be called like a model.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for source in settings.deltas:
+        if source.name in served:
+            raise ConfigError(f"The delta name {source.name!r} is also the name of a served model; rename one of them.")
+
+
+def check_deltas(settings: EngineSettings, model: UserModel) -> Checked:
+    """Open every delta, map it to the user LLM's vocabulary and choose the reserved token.
+
+    Raises:
+        DeltaError: a delta cannot be used, or knows too little of the vocabulary.
+        MapError: the user LLM's tokenizer or the overrides cannot be used.
+        ConfigError: a delta's own strength lies outside the bounds.
+    """
+    tokenizer = load_tokenizer(model.tokenizer)
+    user = read_vocabulary(tokenizer, read_generation_config(model.tokenizer))
+    overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
+    lines = [_check(source, settings, user, overrides) for source in settings.deltas]
+    reserved = pick_reserved_token(user, model.num_logits, _template_tokens(user, tokenizer, model.chat_template))
+    return Checked(settings.model_copy(update={"reserved_token_id": reserved}), lines)
+
+
+def _check(source: DeltaSource, settings: EngineSettings, user: Vocabulary, overrides: Overrides | None) -> str:
+    artifact = open_delta(source)
+    low, high = settings.strength_bounds
+    if not low <= artifact.strength <= high:
+        raise ConfigError(
+            f"The delta {source.name!r} has the strength {artifact.strength:g}, outside {low:g} to {high:g}; "
+            f"give another with --delta {source.name}=PATH@STRENGTH or widen --strength-bounds."
+        )
+    coverage = _coverage(artifact, settings, user, overrides)
+    if coverage < settings.min_coverage and not settings.force_coverage:
+        raise DeltaError(
+            f"The delta {source.name!r} knows only {coverage:.1%} of the model's ordinary tokens, less than "
+            f"{settings.min_coverage:.0%}; use one with a closer vocabulary, or --force-coverage."
+        )
+    return (
+        f"delta {source.name}: version {artifact.version}, coverage {coverage:.1%}, strength {artifact.strength:g}, "
+        f"from {artifact.path}"
+    )
+
+
+def _coverage(
+    artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary, overrides: Overrides | None
+) -> float:
+    """Share of the user's ordinary tokens that the map covers; the map is left in the cache for the workers."""
+    delta = read_vocabulary(artifact.tokenizer(), read_generation_config(str(artifact.path)))
+    cache = Path(settings.cache_dir) if settings.cache_dir else None
+    return cached_map(user, delta, overrides, cache).coverage
+
+
+def _template_tokens(user: Vocabulary, tokenizer: Any, override: str | None) -> set[int]:
+    """Special tokens that the chat template writes; an answer may contain them."""
+    text = "".join(_template_texts(tokenizer.chat_template, override))
+    return {token for token in user.special_ids if (content := user.contents[token]) and content in text}
+
+
+def _template_texts(own: Any, override: str | None) -> Sequence[str]:
+    if override is None:
+        return list(own.values()) if isinstance(own, dict) else [own or ""]
+    path = Path(override)
+    try:
+        return [path.read_text(encoding="utf-8") if path.is_file() else override]
+    except (OSError, ValueError):  # a template given in full may be too long for a path
+        return [override]

@@ -1,0 +1,192 @@
+"""``cmc-server serve``: vLLM's own OpenAI server, started with the deltas plugged in.
+
+Here, and nowhere else in this package, vLLM's launcher is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Final
+
+from cmc_server.api.options import parse_options
+from cmc_server.api.preflight import UserModel, check_deltas, check_names
+from cmc_server.config import ADDITIONAL_CONFIG_KEY, EngineSettings
+from cmc_server.errors import ConfigError, UserError
+
+PLUGIN_NAME: Final = "cmc_server"
+# Given as text: the class must be imported by the workers, not by the launcher.
+PROCESSOR: Final = "cmc_server.integrations.vllm_processor:DeltaLogitsProcessor"
+WORKER_EXTENSION: Final = "cmc_server.integrations.vllm_worker.DeltaWorkerExtension"
+LOGPROBS_MODE: Final = "processed_logprobs"
+#: Grace for running requests at SIGTERM, the same as Kubernetes gives by default. vLLM's own default aborts them.
+SHUTDOWN_SECONDS: Final = 30
+_RUST_VARIABLES: Final = ("VLLM_USE_RUST_FRONTEND", "VLLM_RUST_FRONTEND_PATH")
+_ENDPOINT_PLUGINS: Final = "vllm.endpoint_plugins"
+
+
+def run_serve(argv: list[str]) -> int:
+    """Serve until told to stop.
+
+    Args:
+        argv: what follows ``cmc-server serve`` on the command line.
+
+    Returns:
+        The exit code: 2, after one sentence on stderr, for what the user got wrong. What vLLM finds wrong while it
+        starts ends as it does under vLLM.
+    """
+    try:
+        settings, rest = parse_options(argv)
+        _refuse_environment(os.environ)
+        # Read by vLLM when it is first imported, and by every process that it starts.
+        os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
+        command, arguments = _parse_vllm(rest)
+        _refuse_arguments(arguments)
+        check_names(settings, _served_names(arguments))
+        if settings.deltas:
+            checked = check_deltas(settings, _user_model(arguments))
+            settings = checked.settings
+            _say("\n".join(checked.lines))
+        _plug_in(arguments, settings)
+    except UserError as error:
+        _say(f"cmc-server serve: {error}")
+        return 2
+    command.cmd(arguments)
+    return 0
+
+
+def allowed_plugins(current: str | None) -> str:
+    """The value for ``VLLM_PLUGINS``, which is an allow-list for every kind of plugin.
+
+    Args:
+        current: its present value. Unset, vLLM loads every installed plugin but those that add HTTP routes, and so
+            these are listed.
+    """
+    if current is not None:
+        names = [name for name in current.split(",") if name]
+    else:
+        groups = [group for group in entry_points().groups if group.startswith("vllm.") and group != _ENDPOINT_PLUGINS]
+        names = sorted({entry.name for group in groups for entry in entry_points(group=group)})
+    return ",".join([*(name for name in names if name != PLUGIN_NAME), PLUGIN_NAME])
+
+
+def _refuse_environment(environment: Mapping[str, str]) -> None:
+    for variable in _RUST_VARIABLES:
+        if environment.get(variable, "0") not in ("", "0"):
+            raise ConfigError(f"{variable} is set, but the Rust front end bypasses the deltas; unset it.")
+
+
+def _parse_vllm(rest: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+    """vLLM's serve command and its parsed arguments, with our defaults where the user gave none.
+
+    Raises:
+        ConfigError: vLLM does not accept the arguments.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="cmc-server")
+    serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve.usage = "cmc-server serve MODEL [options]"
+    serve.epilog = (serve.epilog or "").replace("vllm serve", "cmc-server serve")
+    serve.set_defaults(logprobs_mode=LOGPROBS_MODE, shutdown_timeout=SHUTDOWN_SECONDS, model=None)
+    parser.error = serve.error = _raise_config_error
+    try:
+        arguments: argparse.Namespace = parser.parse_args(["serve", *rest])
+        arguments.model = arguments.model_tag or arguments.model
+        if arguments.model is None:
+            raise ConfigError("Name the model to serve: cmc-server serve MODEL.")
+        configure_logging_from_args(arguments)
+        command.validate(arguments)
+    except (ValueError, TypeError, KeyError, OSError, AssertionError) as error:
+        raise ConfigError(f"vLLM does not accept these arguments: {' '.join(str(error).split())}") from None
+    return command, arguments
+
+
+def _raise_config_error(message: str) -> None:
+    raise ConfigError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
+
+
+def _refuse_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what runs past the deltas or has not been tested with them."""
+    speculative = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+    refused: list[tuple[bool, str]] = [
+        (
+            any(getattr(arguments, name, None) for name in speculative),
+            "Speculative decoding is not supported with deltas",
+        ),
+        (bool(arguments.enable_batch_sharded_sampling), "--enable-batch-sharded-sampling is not supported with deltas"),
+        (bool(arguments.enable_sleep_mode), "--enable-sleep-mode is not supported with deltas"),
+        (bool(arguments.grpc) or arguments.grpc_port is not None, "gRPC bypasses the deltas; serve HTTP only"),
+        (arguments.runner == "pooling", "--runner pooling generates no text, so there is nothing to steer"),
+        (
+            bool(arguments.worker_extension_cls),
+            "--worker-extension-cls takes a single class, and the deltas need it; leave it out",
+        ),
+        (
+            ADDITIONAL_CONFIG_KEY in (arguments.additional_config or {}),
+            f"--additional-config may not hold {ADDITIONAL_CONFIG_KEY!r}; use the arguments of cmc-server serve",
+        ),
+    ]
+    for is_given, reason in refused:
+        if is_given:
+            raise ConfigError(f"{reason}.")
+
+
+def _served_names(arguments: argparse.Namespace) -> set[str]:
+    adapters = [module.name for module in arguments.lora_modules or []]
+    return {*(arguments.served_model_name or [arguments.model]), *adapters}
+
+
+def _user_model(arguments: argparse.Namespace) -> UserModel:
+    """What the deltas need to know of the model that vLLM will load.
+
+    Raises:
+        ConfigError: its configuration cannot be read, or it brings what the deltas cannot do.
+    """
+    from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+    if arguments.skip_tokenizer_init:
+        raise ConfigError("Deltas need the model's tokenizer; leave out --skip-tokenizer-init.")
+    overrides = arguments.hf_overrides if isinstance(arguments.hf_overrides, dict) else None
+    try:
+        config = get_config(
+            arguments.model,
+            arguments.trust_remote_code,
+            arguments.revision,
+            arguments.code_revision,
+            arguments.config_format,
+            hf_overrides_kw=overrides,
+        )
+        num_logits = int(get_hf_text_config(config).vocab_size)
+    except (ValueError, OSError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"The configuration of {arguments.model} cannot be read: {reason}") from None
+    if getattr(config, "speculators_config", None):
+        raise ConfigError(f"{arguments.model} brings a speculator, and speculative decoding is not supported.")
+    return UserModel(arguments.tokenizer or arguments.model, num_logits, arguments.chat_template)
+
+
+def _plug_in(arguments: argparse.Namespace, settings: EngineSettings) -> None:
+    """Put the deltas among vLLM's arguments."""
+    arguments.logits_processors = [*(arguments.logits_processors or []), PROCESSOR]
+    arguments.worker_extension_cls = WORKER_EXTENSION
+    own = {ADDITIONAL_CONFIG_KEY: settings.model_dump(mode="json")}
+    arguments.additional_config = {**(arguments.additional_config or {}), **own}
+    if arguments.logprobs_mode != LOGPROBS_MODE:
+        _say(
+            f"warning: with --logprobs-mode {arguments.logprobs_mode}, the log probabilities in answers may be "
+            f"those of the model without its deltas; {LOGPROBS_MODE} shows the final ones."
+        )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,151 @@
+"""A guard around vLLM's engine client, in the API process.
+
+It sees every request on its way into the engine and every output on its way out, whichever of vLLM's serving classes
+is at work. Requests without deltas pass through the original method.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from vllm.exceptions import GenerationError
+
+from cmc_server.errors import CapacityError
+from cmc_server.integrations.request_args import EXTRA_ARGS_KEY
+
+
+class RowGate:
+    """Lets a limited number of steered rows run; the others wait in the order in which they came.
+
+    Args:
+        on_waiting: called with the number of waiting rows whenever it changes.
+    """
+
+    def __init__(self, on_waiting: Callable[[int], None] = lambda rows: None) -> None:
+        self.limit: int | None = None  # no limit
+        self._running = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._on_waiting = on_waiting
+
+    @asynccontextmanager
+    async def rows(self, count: int) -> AsyncIterator[None]:
+        """Hold ``count`` places.
+
+        Raises:
+            CapacityError: there are not so many places at all.
+        """
+        await self._acquire(count)
+        try:
+            yield
+        finally:
+            self._running -= count
+            self._admit()
+
+    async def _acquire(self, count: int) -> None:
+        if self.limit is not None and count > self.limit:
+            raise CapacityError(f"A request may have at most {self.limit} steered rows on this server, not {count}.")
+        if not self._waiting and self._fits(count):
+            self._running += count
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (count, turn)
+        self._waiting.append(entry)
+        self._report()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._running -= count  # admitted and cancelled in the same moment
+            else:
+                self._waiting.remove(entry)
+                self._report()
+            self._admit()
+            raise
+
+    def _admit(self) -> None:
+        while self._waiting and self._fits(self._waiting[0][0]):
+            count, turn = self._waiting.popleft()
+            self._running += count
+            turn.set_result(None)
+            self._report()
+
+    def _fits(self, count: int) -> bool:
+        return self.limit is None or self._running + count <= self.limit
+
+    def _report(self) -> None:
+        self._on_waiting(sum(count for count, _ in self._waiting))
+
+
+def guard_engine(
+    engine_client: Any,
+    *,
+    reserved_token_id: int | None,
+    gate: RowGate,
+    on_failure: Callable[[], None],
+    on_shutdown: Callable[[], None],
+) -> None:
+    """Install the guard on this engine client.
+
+    A steered request gets the reserved token among its stop tokens, waits at the gate, and ends with vLLM's own
+    ``GenerationError`` as soon as the reserved token comes out: a 500, or an error event in a stream. No text of that
+    output goes out.
+
+    Args:
+        engine_client: vLLM's ``AsyncLLM``.
+        reserved_token_id: the token by which the workers report a failed delta.
+        gate: limits the rows that are steered at once.
+        on_failure: called for each request that fails.
+        on_shutdown: called when vLLM begins to stop the engine, before it waits for running requests.
+    """
+    generate, shutdown = engine_client.generate, engine_client.shutdown
+
+    def guarded_generate(
+        prompt: Any, sampling_params: Any, request_id: str, **arguments: Any
+    ) -> AsyncGenerator[Any, None]:
+        if EXTRA_ARGS_KEY not in (sampling_params.extra_args or {}):
+            outputs: AsyncGenerator[Any, None] = generate(prompt, sampling_params, request_id, **arguments)
+            return outputs
+        params = _with_stop_token(sampling_params, reserved_token_id)
+        return steered(prompt, params, request_id, arguments)
+
+    async def steered(
+        prompt: Any, params: Any, request_id: str, arguments: dict[str, Any]
+    ) -> AsyncGenerator[Any, None]:
+        async with gate.rows(params.n):
+            outputs = generate(prompt, params, request_id, **arguments)
+            try:
+                async for output in outputs:
+                    if _has_failed(output, reserved_token_id):
+                        on_failure()
+                        raise GenerationError("A delta of this request failed; see the server's log.")
+                    yield output
+            finally:
+                await outputs.aclose()  # aborts the request if it still runs
+
+    def guarded_shutdown(*arguments: Any, **keywords: Any) -> None:
+        on_shutdown()
+        shutdown(*arguments, **keywords)
+
+    engine_client.generate = guarded_generate
+    engine_client.shutdown = guarded_shutdown
+
+
+def _with_stop_token(params: Any, token: int | None) -> Any:
+    """A copy of the sampling parameters that also stops at ``token``."""
+    if token is None:
+        return params
+    copy = params.clone()
+    copy.stop_token_ids = [*(params.stop_token_ids or ()), token]
+    # vLLM derives this set from the list when the parameters are made; min_tokens reads it.
+    copy._all_stop_token_ids = {*params.all_stop_token_ids, token}
+    return copy
+
+
+def _has_failed(output: Any, token: int | None) -> bool:
+    return token is not None and any(
+        choice.stop_reason == token or token in choice.token_ids for choice in output.outputs
+    )
