@@ -34,6 +34,7 @@ class SpecialRoles(NamedTuple):
 def find_roles(
     contents: Sequence[str | None],
     added: Mapping[int, Any],
+    byte_ids: Mapping[int, int],
     tokenizer: Any,
     generation_config: Mapping[str, Any] | None,
 ) -> SpecialRoles:
@@ -45,6 +46,7 @@ def find_roles(
     Args:
         contents: token contents by id.
         added: the backend's added tokens by id.
+        byte_ids: byte value to id of the byte tokens, which are text even where a conversion flagged them special.
         tokenizer: the transformers tokenizer that knows the roles.
         generation_config: content of ``generation_config.json`` or None.
 
@@ -57,6 +59,7 @@ def find_roles(
 
     special = {token for token, added_token in added.items() if added_token.special}
     special |= {token for token in tokenizer.all_special_ids if known(token) is not None}
+    special -= set(byte_ids.values())
     ends = [known(tokenizer.eos_token_id)]
     for token in _configured_ends(generation_config):
         if token in special or (token in added and added[token].content.strip()):

@@ -136,9 +136,9 @@ def read_vocabulary(
     if not model_ids and not added:
         raise MapError("The tokenizer has no tokens; give the folder of a complete tokenizer.")
     contents = _contents(model_ids, added)
-    roles = find_roles(contents, added, tokenizer, generation_config)
     parts = _parts(backend)
     byte_ids = _byte_ids(parts, model_ids)
+    roles = find_roles(contents, added, byte_ids, tokenizer, generation_config)
     return Vocabulary(
         contents=contents,
         surfaces=_surfaces(contents, parts, set(added.keys() - model_ids.values()), roles.special_ids, byte_ids),
