@@ -34,8 +34,6 @@ MAY_IMPORT = {
 }
 LAZY = {"cli", "__main__", "demo"}
 DELTA_WITH_TORCH = {"attention", "runner", "graphs"}
-# What crosses from the front door to the workers. The rest of the integrations runs in the workers.
-INTEGRATIONS_FOR_API = {"cmc_server.integrations.request_args"}
 ONLY_IN = {"vllm": {"integrations", "api"}, "fastapi": {"api"}}
 
 
@@ -155,8 +153,6 @@ def test_torch_stays_out_of_the_front_door(path: Path) -> None:
     for found in own_imports(path):
         if area(found.name) == "delta":
             assert is_torch_free_delta(found.name), f"line {found.line}: {found.name} needs torch"
-        if area(module) == "api" and area(found.name) == "integrations":
-            assert found.name in INTEGRATIONS_FOR_API, f"line {found.line}: {found.name} runs in the workers"
 
 
 def test_front_door_reaches_no_torch_through_what_it_imports() -> None:
