@@ -78,7 +78,7 @@ def load_delta(
         speller=Speller(user, delta, vocab_map, tokenizer),
         encoder=PromptEncoder(tokenizer, artifact.manifest),
         vocab_map=vocab_map,
-        delta_ids=torch.from_numpy(vocab_map.delta_ids).to(device=device, dtype=torch.int64),
+        delta_ids=torch.tensor(vocab_map.delta_ids, device=device, dtype=torch.int64),
     )
 
 

@@ -7,7 +7,7 @@ spelling, and nothing else: no paged attention, no incremental spelling, no cont
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +79,13 @@ class ReferenceFusedLM:
             model=load_model(artifact, torch.float32, "eager"),
             speller=Speller(self.vocabulary, delta, vocab_map, tokenizer),
             encoder=PromptEncoder(tokenizer, artifact.manifest),
-            delta_ids=torch.from_numpy(vocab_map.delta_ids).long(),
+            delta_ids=torch.tensor(vocab_map.delta_ids, dtype=torch.int64),
             context_length=artifact.context_length or _DEFAULT_CONTEXT,
             unmapped=artifact.manifest.unmapped or "zero",
         )
 
     @torch.inference_mode()
-    def step(
+    def steps(
         self,
         prompt: Sequence[int],
         response: Sequence[int],
@@ -93,30 +93,37 @@ class ReferenceFusedLM:
         *,
         delta_prompts: Mapping[str, Sequence[int]] | None = None,
         unmapped: Unmapped = "zero",
-    ) -> Tensor:
-        """Fused logits after a prompt and the response so far.
+    ) -> Iterator[Tensor]:
+        """Fused logits for every token of a response, and for the one after it (teacher forcing).
 
         Args:
-            prompt: user token ids.
+            prompt: user token ids, at least one.
             response: user token ids.
             strengths: delta name to strength; those at 0 are left out.
             delta_prompts: prompt in each delta's tokens, as the front door sends it; None spells the user prompt.
             unmapped: policy for tokens outside the maps.
 
-        Returns:
-            [U] float32.
+        Yields:
+            [U] float32, len(response) + 1 times.
         """
         ids = torch.tensor([[*prompt, *response]])
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        shifts = []
-        for name, strength in strengths.items():
-            if strength:
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
+        active = {name: strength for name, strength in strengths.items() if strength}
+        spelled = {name: self._delta_prompt(name, prompt, delta_prompts) for name in active}
+        for position in range(len(response) + 1):
+            shifts = []
+            for name, strength in active.items():
                 delta = self.deltas[name]
-                spelled = (delta_prompts or {}).get(name)
-                if spelled is None:
-                    spelled = [*delta.encoder.bos_ids, *delta.speller.spell_prompt(prompt)]
-                shifts.append(Shift(delta.logits(spelled, response).unsqueeze(0), delta.delta_ids, float(strength)))
-        return fuse(logits, shifts, unmapped)[0]
+                shift = delta.logits(spelled[name], response[:position]).unsqueeze(0)
+                shifts.append(Shift(shift, delta.delta_ids, float(strength)))
+            yield fuse(logits[position : position + 1], shifts, unmapped)[0]
+
+    def _delta_prompt(
+        self, name: str, prompt: Sequence[int], delta_prompts: Mapping[str, Sequence[int]] | None
+    ) -> Sequence[int]:
+        delta = self.deltas[name]
+        given = (delta_prompts or {}).get(name)
+        return [*delta.encoder.bos_ids, *delta.speller.spell_prompt(prompt)] if given is None else given
 
     def generate(
         self,
@@ -131,8 +138,8 @@ class ReferenceFusedLM:
         """Greedy decoding; the response includes the end token if one was reached."""
         response: list[int] = []
         while len(response) < max_tokens and not (response and response[-1] in end_ids):
-            logits = self.step(prompt, response, strengths, delta_prompts=delta_prompts, unmapped=unmapped)
-            response.append(int(logits.argmax()))
+            *_, last = self.steps(prompt, response, strengths, delta_prompts=delta_prompts, unmapped=unmapped)
+            response.append(int(last.argmax()))
         return response
 
     def worst_gap(
@@ -144,9 +151,6 @@ class ReferenceFusedLM:
         delta_prompts: Mapping[str, Sequence[int]] | None = None,
         unmapped: Unmapped = "zero",
     ) -> float:
-        """Teacher forcing: how far, at worst, an emitted token lies below the oracle's best one in logits."""
-        worst = 0.0
-        for position, token in enumerate(response):
-            logits = self.step(prompt, response[:position], strengths, delta_prompts=delta_prompts, unmapped=unmapped)
-            worst = max(worst, float(logits.max() - logits[token]))
-        return worst
+        """How far, at worst, an emitted token lies below the oracle's best one, in logits."""
+        steps = self.steps(prompt, response, strengths, delta_prompts=delta_prompts, unmapped=unmapped)
+        return max(float(logits.max() - logits[token]) for logits, token in zip(steps, response, strict=False))

@@ -53,7 +53,9 @@ def fuse(logits: Tensor, shifts: Sequence[Shift], unmapped: Unmapped = "zero") -
     for shift in shifts:
         delta_ids = _padded(shift.delta_ids, base.shape[-1])
         in_map = delta_ids >= 0
-        gathered = shift.delta_logits.float()[:, delta_ids.clamp(min=0)]
+        delta_logits = shift.delta_logits.float()
+        # gather: for these shapes its backward is several times faster than that of indexing by a tensor.
+        gathered = delta_logits.gather(1, delta_ids.clamp(min=0).expand(delta_logits.shape[0], -1))
         total = total + _column(shift.strength) * torch.where(in_map, gathered, 0.0)
         mapped = mapped | in_map
     fused = base + total
