@@ -1,0 +1,1 @@
+"""What a delta does, in figures."""
