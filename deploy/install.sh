@@ -124,10 +124,12 @@ if [[ ! -e $stamp-installed || $(cat "$stamp-installed") != "$wanted" ]]; then
     echo "$wanted" >"$stamp-installed"
 fi
 
-wanted=$(fingerprint "$repo/deploy/requirements-dev.txt")
-if $dev && [[ ! -e $stamp-dev || $(cat "$stamp-dev") != "$wanted" ]]; then
-    say "installing the test tools into $venv"
-    pip_install --requirement "$repo/deploy/requirements-dev.txt"
-    echo "$wanted" >"$stamp-dev"
+if $dev; then
+    wanted=$(fingerprint "$repo/deploy/requirements-dev.txt")
+    if [[ ! -e $stamp-dev || $(cat "$stamp-dev") != "$wanted" ]]; then
+        say "installing the test tools into $venv"
+        pip_install --requirement "$repo/deploy/requirements-dev.txt"
+        echo "$wanted" >"$stamp-dev"
+    fi
 fi
 say "installed in $venv ($engine engine)"

@@ -9,6 +9,7 @@
 # CMC_SERVER_HOST, CMC_SERVER_PORT    where to listen (127.0.0.1, 8000)
 # CMC_SERVER_VENV                     the virtual environment (.venv in the repository)
 # CMC_SERVER_CACHE                    where the converted model is kept (~/.cache/cmc-server)
+# CMC_SERVER_STATE                    where the log and the process id are kept (.quickstart in the repository)
 # and those of deploy/install.sh
 set -euo pipefail
 
@@ -17,7 +18,7 @@ host=${CMC_SERVER_HOST:-127.0.0.1}
 port=${CMC_SERVER_PORT:-8000}
 venv=${CMC_SERVER_VENV:-$repo/.venv}
 python=$venv/bin/python
-state=$repo/.quickstart
+state=${CMC_SERVER_STATE:-$repo/.quickstart}
 log=$state/server.log
 pid_file=$state/server.pid
 delta=$repo/cmc_server/demo/concise
