@@ -17,7 +17,6 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 host=${CMC_SERVER_HOST:-127.0.0.1}
 port=${CMC_SERVER_PORT:-8000}
 venv=${CMC_SERVER_VENV:-$repo/.venv}
-python=$venv/bin/python
 state=${CMC_SERVER_STATE:-$repo/.quickstart}
 log=$state/server.log
 pid_file=$state/server.pid
@@ -32,12 +31,13 @@ die() {
     exit 2
 }
 
-# The process that this script started, if it still runs (a pid alone may meanwhile be someone else's).
+# The process that this script started, if it still runs. A process id alone may meanwhile be someone else's, and vLLM
+# renames its processes; but the server works in the state folder.
 server_pid() {
     local pid
     [[ -e $pid_file ]] || return 1
     pid=$(cat "$pid_file")
-    grep -qs cmc-server "/proc/$pid/cmdline" && echo "$pid"
+    [[ $(readlink "/proc/$pid/cwd") == "$(cd "$state" && pwd -P)" ]] && echo "$pid"
 }
 
 stop_server() {
@@ -82,8 +82,10 @@ start_server() {
     export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
     mkdir -p "$state"
     say "starting the server on $url; its log is $log"
-    setsid "$venv/bin/cmc-server" serve "$model" --served-model-name smollm2 --delta "concise=$delta" \
-        "${options[@]}" >"$log" 2>&1 </dev/null &
+    (
+        cd "$state"
+        exec setsid cmc-server serve "$model" --served-model-name smollm2 --delta "concise=$delta" "${options[@]}"
+    ) >"$log" 2>&1 </dev/null &
     echo $! >"$pid_file"
     echo "$url" >"$state/server.url"
 }
@@ -131,6 +133,8 @@ case $mode in
 esac
 
 bash "$repo/deploy/install.sh" "$venv"
+venv=$(cd "$venv" && pwd)
+python=$venv/bin/python
 export PATH=$venv/bin:$PATH
 finished=false
 if server_pid >/dev/null; then
