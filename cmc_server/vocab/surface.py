@@ -77,6 +77,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise MapError(f"The folder {path} does not exist; give the folder of a model or its hub id.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare exceptions for broken files

@@ -51,7 +51,7 @@ def test_bad_input(folders: tuple[str, str], tmp_path: Path) -> None:
         run_map(*folders, None, None, tmp_path / "latin1.txt", True)
     with pytest.raises(MapError, match="overrides file"):
         run_map(*folders, None, tmp_path / "none.yaml", None, True)
-    with pytest.raises(MapError, match="No tokenizer"):
+    with pytest.raises(MapError, match="does not exist"):
         run_map(folders[0], str(tmp_path / "none"), None, None, None, True)
     with pytest.raises(MapError, match="cannot be written"):
         run_map(*folders, tmp_path / "latin1.txt" / "map", None, None, True)

@@ -208,8 +208,10 @@ def test_load_vocabulary_reads_the_generation_config(
 
 
 def test_missing_or_broken_tokenizers_are_map_errors(tmp_path: Path) -> None:
-    with pytest.raises(MapError, match="No tokenizer could be loaded"):
+    with pytest.raises(MapError, match="does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(MapError, match="No tokenizer could be loaded from no/such"):
+        load_tokenizer("no/such")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text("{not json")
     with pytest.raises(MapError, match="No tokenizer could be loaded"):
