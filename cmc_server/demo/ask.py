@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -18,6 +19,7 @@ from pathlib import Path
 from cmc_server.errors import CmcError, UserError
 
 QUESTION = "What is a black hole?"
+REPORT_SECONDS = 5.0
 
 
 def wait_until_ready(url: str, pid: int, log: Path, timeout: float) -> float:
@@ -37,7 +39,7 @@ def wait_until_ready(url: str, pid: int, log: Path, timeout: float) -> float:
             raise UserError(f"the server ended before it was ready; its log is {log}.")
         if passed > timeout:
             raise UserError(f"the server was not ready after {timeout:.0f} s; its log is {log}.")
-        if passed - reported >= 5:
+        if passed - reported >= REPORT_SECONDS:
             reported = passed
             print(f"  {passed:4.0f} s  {_last_line(log)}", file=sys.stderr, flush=True)
         time.sleep(0.25)
@@ -91,7 +93,9 @@ def _is_running(pid: int) -> bool:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text("utf-8", errors="replace").splitlines() if log.exists() else []
-    return lines[-1].strip()[-100:] if lines else ""
+    # Without vLLM's prefix of process, level, time and source line.
+    text = re.sub(r"^(\(\S+ pid=\d+\) )?((INFO|WARNING) \S+ \S+ )?(\[\S+\] )?", "", lines[-1]) if lines else ""
+    return text.strip()[:100]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

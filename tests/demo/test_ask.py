@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cmc_server.demo import ask
 from cmc_server.demo.ask import compare, is_ready, main, wait_until_ready
 from cmc_server.errors import CmcError, UserError
 
@@ -79,6 +80,18 @@ def test_waits_until_the_server_is_ready(server: Server, tmp_path: Path) -> None
     server.not_ready = 2
     assert wait_until_ready(server.url, os.getpid(), tmp_path / "log", timeout=30) > 0
     assert is_ready(server.url)
+
+
+def test_shows_what_the_server_says(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log").write_text(
+        "first\n(EngineCore pid=15827) INFO 11-21 09:35:20 [core.py:402] init engine took 4 s\n"
+    )
+    monkeypatch.setattr(ask, "REPORT_SECONDS", 0.0)
+    server.not_ready = 1
+    wait_until_ready(server.url, os.getpid(), tmp_path / "log", timeout=30)
+    assert capsys.readouterr().err.endswith(" s  init engine took 4 s\n")
 
 
 def test_notices_that_the_server_has_ended(tmp_path: Path) -> None:
