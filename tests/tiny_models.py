@@ -1,4 +1,4 @@
-"""Tiny random models with a real tokenizer, built on the fly: ``from tiny_models import make_delta``."""
+"""Tiny random models and tokenizers, built on the fly: ``from tiny_models import make_delta``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,38 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cmc_server.delta.manifest import DeltaManifest
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def make_tokenizer(folder: Path, *, vocab_size: int = 400) -> Path:
+    """Write a byte-level BPE tokenizer with ChatML's special tokens, trained on a few words.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<spare>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=special)
+    backend.train_from_iterator(
+        ["The quick brown fox jumps over the lazy dog. " * 3, "Say it in one sentence."], trainer
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    ).save_pretrained(folder)
+    return folder
 
 
 def make_delta(

@@ -42,8 +42,8 @@ class ServedDelta:
         try:
             with self.lock:
                 return tuple(self.encoder.encode_messages(chat.messages, **chat.options))
-        except (DeltaError, TypeError, ValueError) as error:
-            # TypeError and ValueError: text that no UTF-8 can hold, such as half of a surrogate pair.
+        except (DeltaError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            # Text that no UTF-8 can hold, such as half of a surrogate pair; or whatever a template runs into.
             raise ControlsError(
                 f"The delta {self.artifact.name!r} cannot read these messages: {error}", "messages"
             ) from None

@@ -113,7 +113,10 @@ async def _steer(body: bytes, route: str, catalog: Catalog) -> tuple[Controls, b
         return None
     xargs = await _engine_arguments(document, controls, route, catalog)
     changed = rewritten(document, controls, catalog.offer.base_model, xargs)
-    return controls, json.dumps(changed).encode()
+    try:
+        return controls, json.dumps(changed).encode()
+    except RecursionError:
+        raise ControlsError("The request body is nested too deeply.") from None
 
 
 async def _engine_arguments(

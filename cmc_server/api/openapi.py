@@ -1,4 +1,4 @@
-"""The ``cmc`` field and our error answers in the server's OpenAPI schema."""
+"""The ``cmc`` field in the server's OpenAPI schema."""
 
 from __future__ import annotations
 

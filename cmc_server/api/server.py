@@ -15,7 +15,7 @@ from typing import Any, Final
 from cmc_server.api.options import parse_options
 from cmc_server.api.preflight import UserModel, check_deltas, check_names
 from cmc_server.config import ADDITIONAL_CONFIG_KEY, EngineSettings
-from cmc_server.errors import ConfigError, UserError
+from cmc_server.errors import ConfigError
 
 PLUGIN_NAME: Final = "cmc_server"
 # Given as text: the class must be imported by the workers, not by the launcher.
@@ -35,25 +35,25 @@ def run_serve(argv: list[str]) -> int:
         argv: what follows ``cmc-server serve`` on the command line.
 
     Returns:
-        The exit code: 2, after one sentence on stderr, for what the user got wrong. What vLLM finds wrong while it
-        starts ends as it does under vLLM.
+        The exit code 0.
+
+    Raises:
+        UserError: what the user got wrong, as far as it shows before vLLM starts. What vLLM itself finds wrong while
+            it starts ends as it does under vLLM.
     """
-    try:
-        settings, rest = parse_options(argv)
-        _refuse_environment(os.environ)
-        # Read by vLLM when it is first imported, and by every process that it starts.
-        os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
-        command, arguments = _parse_vllm(rest)
-        _refuse_arguments(arguments)
-        check_names(settings, _served_names(arguments))
-        if settings.deltas:
-            checked = check_deltas(settings, _user_model(arguments))
-            settings = checked.settings
-            _say("\n".join(checked.lines))
-        _plug_in(arguments, settings)
-    except UserError as error:
-        _say(f"cmc-server serve: {error}")
-        return 2
+    settings, rest = parse_options(argv)
+    _refuse_environment(os.environ)
+    # Read by vLLM when it is first imported, and by every process that it starts.
+    os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
+    command, arguments = _parse_vllm(rest)
+    _refuse_arguments(arguments)
+    check_names(settings, _served_names(arguments))
+    config = _read_model_config(arguments)
+    if settings.deltas:
+        checked = check_deltas(settings, _user_model(arguments, config))
+        settings = checked.settings
+        _say("\n".join(checked.lines))
+    _plug_in(arguments, settings)
     command.cmd(arguments)
     return 0
 
@@ -119,7 +119,7 @@ def _refuse_arguments(arguments: argparse.Namespace) -> None:
     speculative = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
     refused: list[tuple[bool, str]] = [
         (
-            any(getattr(arguments, name, None) for name in speculative),
+            any(getattr(arguments, name, None) is not None for name in speculative),
             "Speculative decoding is not supported with deltas",
         ),
         (bool(arguments.enable_batch_sharded_sampling), "--enable-batch-sharded-sampling is not supported with deltas"),
@@ -145,16 +145,14 @@ def _served_names(arguments: argparse.Namespace) -> set[str]:
     return {*(arguments.served_model_name or [arguments.model]), *adapters}
 
 
-def _user_model(arguments: argparse.Namespace) -> UserModel:
-    """What the deltas need to know of the model that vLLM will load.
+def _read_model_config(arguments: argparse.Namespace) -> Any:
+    """The configuration of the model that vLLM will load, as vLLM reads it.
 
     Raises:
-        ConfigError: its configuration cannot be read, or it brings what the deltas cannot do.
+        ConfigError: there is no such model, or it brings what the deltas cannot do.
     """
-    from vllm.transformers_utils.config import get_config, get_hf_text_config
+    from vllm.transformers_utils.config import get_config
 
-    if arguments.skip_tokenizer_init:
-        raise ConfigError("Deltas need the model's tokenizer; leave out --skip-tokenizer-init.")
     overrides = arguments.hf_overrides if isinstance(arguments.hf_overrides, dict) else None
     try:
         config = get_config(
@@ -165,12 +163,25 @@ def _user_model(arguments: argparse.Namespace) -> UserModel:
             arguments.config_format,
             hf_overrides_kw=overrides,
         )
-        num_logits = int(get_hf_text_config(config).vocab_size)
-    except (ValueError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"The configuration of {arguments.model} cannot be read: {reason}") from None
+    except (ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0].strip()
+        raise ConfigError(f"The configuration of the model {arguments.model} cannot be read: {reason}") from None
     if getattr(config, "speculators_config", None):
         raise ConfigError(f"{arguments.model} brings a speculator, and speculative decoding is not supported.")
+    return config
+
+
+def _user_model(arguments: argparse.Namespace, config: Any) -> UserModel:
+    """What the deltas need to know of the model.
+
+    Raises:
+        ConfigError: the engine would run without a tokenizer.
+    """
+    from vllm.transformers_utils.config import get_hf_text_config
+
+    if arguments.skip_tokenizer_init:
+        raise ConfigError("Deltas need the model's tokenizer; leave out --skip-tokenizer-init.")
+    num_logits = int(get_hf_text_config(config).vocab_size)
     return UserModel(arguments.tokenizer or arguments.model, num_logits, arguments.chat_template)
 
 
