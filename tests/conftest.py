@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_tokenizers import FAMILIES
+from transformers import PreTrainedTokenizerBase
 
 # Set before vLLM or a model library is imported, by this process or by a server that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,3 +36,9 @@ def demo_models(request: pytest.FixtureRequest) -> DemoModels:
     with capture.global_and_fixture_disabled(), warnings.catch_warnings():
         warnings.simplefilter("default")  # the converting libraries' own warnings are not what is tested
         return DemoModels(smollm2=demo_model("smollm2"), gemma3=demo_model("gemma3"))
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_family() -> dict[str, PreTrainedTokenizerBase]:
+    """A small trained tokenizer of each family."""
+    return {name: make() for name, make in FAMILIES.items()}

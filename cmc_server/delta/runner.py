@@ -88,7 +88,7 @@ class DeltaRunner:
     @property
     def memory_bytes(self) -> int:
         """Bytes reserved for weights and key-value cache."""
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+        weights = sum(int(parameter.nbytes) for parameter in self._model.parameters())
         return weights + 2 * self._pool.keys.numel() * self._pool.keys.element_size()
 
     def new_sequence(self) -> CachedSequence:

@@ -1,0 +1,135 @@
+"""The batched runner with its paged cache equals a plain forward pass over each whole input."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_delta
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from cmc_server.config import DeltaSource
+from cmc_server.delta.runner import MAX_TOKENS, DeltaRunner, Feed, load_model, memory_needed
+from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.errors import CapacityError, DeltaError
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 256}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "mistral, sliding window": MistralConfig(**SMALL, sliding_window=6),
+    "qwen3, query-key norms": Qwen3Config(**SMALL),
+    "gemma3, mixed windows": Gemma3TextConfig(
+        **SMALL, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+    ),
+    "gpt2, learned positions": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+}
+
+
+def random_model(folder: Path, config: PreTrainedConfig) -> DeltaArtifact:
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return open_delta(DeltaSource(name="d", path=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, tokenizers_by_family: dict[str, object]) -> DeltaArtifact:
+    folder = tmp_path_factory.mktemp("delta")
+    tokenizers_by_family["byte_level_bpe"].save_pretrained(folder)  # type: ignore[attr-defined]
+    return open_delta(DeltaSource(name="d", path=str(make_delta(folder / "model", folder))))
+
+
+def expected(artifact: DeltaArtifact, inputs: list[list[int]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    model = load_model(artifact, dtype, "eager")
+    with torch.inference_mode():
+        return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1].float() for ids in inputs])
+
+
+def grow_and_roll_back(runner: DeltaRunner, artifact: DeltaArtifact, steps: int, tolerance: float) -> None:
+    draw = random.Random(0)
+    sequences = [runner.new_sequence() for _ in range(4)]
+    inputs = [[draw.randrange(90) for _ in range(length)] for length in (1, 7, 30, 90)]
+    keeps = [0] * 4
+    for _ in range(steps):
+        rows = draw.sample(range(4), draw.randint(1, 4))
+        logits = runner.forward([Feed(sequences[row], inputs[row], keeps[row]) for row in rows])
+        torch.testing.assert_close(
+            logits, expected(artifact, [inputs[row] for row in rows], runner.dtype), atol=tolerance, rtol=tolerance
+        )
+        for row in rows:
+            keeps[row] = draw.randint(0, len(inputs[row])) if draw.random() < 0.3 else len(inputs[row])
+            grown = [draw.randrange(90) for _ in range(draw.randint(0, 9))]
+            inputs[row] = (inputs[row][: keeps[row]] + grown)[: runner.context_length] or [5]
+            keeps[row] = min(keeps[row], len(inputs[row]))
+
+
+def test_rows_of_unequal_length_grow_and_roll_back(artifact: DeltaArtifact) -> None:
+    grow_and_roll_back(DeltaRunner(artifact, max_seqs=4, device=CPU), artifact, steps=25, tolerance=1e-4)
+
+
+def test_bfloat16(artifact: DeltaArtifact) -> None:
+    runner = DeltaRunner(artifact, max_seqs=4, device=CPU, dtype=torch.bfloat16)
+    grow_and_roll_back(runner, artifact, steps=8, tolerance=0.35)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_architectures(name: str, tmp_path: Path) -> None:
+    artifact = random_model(tmp_path, CONFIGS[name])
+    grow_and_roll_back(DeltaRunner(artifact, max_seqs=4, device=CPU), artifact, steps=10, tolerance=1e-4)
+
+
+def test_a_long_prompt_is_read_in_pieces(artifact: DeltaArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmc_server.delta.runner.MAX_TOKENS", 16)
+    assert MAX_TOKENS > 16
+    grow_and_roll_back(DeltaRunner(artifact, max_seqs=4, device=CPU), artifact, steps=8, tolerance=1e-4)
+
+
+def test_the_same_input_again_gives_the_same_row(artifact: DeltaArtifact) -> None:
+    runner = DeltaRunner(artifact, max_seqs=1, device=CPU)
+    sequence = runner.new_sequence()
+    first = runner.forward([Feed(sequence, [1, 2, 3], 0)])
+    torch.testing.assert_close(runner.forward([Feed(sequence, [1, 2, 3], 3)]), first, atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_cache_is_said_and_survived(artifact: DeltaArtifact) -> None:
+    runner = DeltaRunner(artifact, max_seqs=1, device=CPU)
+    first, second = runner.new_sequence(), runner.new_sequence()
+    ids = [1] * runner.context_length
+    runner.forward([Feed(first, ids, 0)])
+    with pytest.raises(CapacityError, match="--delta-memory"):
+        runner.forward([Feed(second, ids, 0)])
+    first.free()
+    runner.forward([Feed(second, ids, 0)])
+
+
+def test_memory_is_known_before_loading(artifact: DeltaArtifact) -> None:
+    runner = DeltaRunner(artifact, max_seqs=3, device=CPU)
+    assert memory_needed(artifact, 3, torch.float32) == pytest.approx(runner.memory_bytes, rel=0.01)
+
+
+def test_attention_that_is_not_standard_is_refused(tmp_path: Path) -> None:
+    config = Gemma2Config(**SMALL, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)
+    artifact = random_model(tmp_path, config)
+    with pytest.raises(DeltaError, match="no standard attention"):
+        DeltaRunner(artifact, max_seqs=1, device=CPU)
+
+
+def test_a_missing_weight_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    random_model(tmp_path, CONFIGS["qwen3, query-key norms"])
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DeltaError, match="up_proj"):
+        DeltaRunner(open_delta(DeltaSource(name="d", path=str(tmp_path))), max_seqs=1, device=CPU)
