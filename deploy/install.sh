@@ -51,7 +51,7 @@ fingerprint() {
 make_venv() {
     local python
     [[ -e $venv && ! -e $venv/pyvenv.cfg ]] && die "$venv exists and is not a virtual environment; name another folder."
-    if [[ -x $venv/bin/python ]] && "$venv/bin/python" -c '' 2>/dev/null; then
+    if [[ -x $venv/bin/python ]] && "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         return
     fi
     python=$(find_python)
