@@ -226,6 +226,7 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
     _write(folder / "heldout.jsonl", [_record(*pair) for pair in zip(held_out, references, strict=True)])
     provenance = {
         "answers_of": "SmolLM2-135M-Instruct (greedy, bfloat16)",
+        "model_source": _model_source(Path(model_path)),
         "made_by": "python -m cmc_server.demo.concise_data",
         "seed": seed,
         "answer_tokens": {"last": ANSWER_TOKENS, "history": HISTORY_TOKENS},
@@ -234,6 +235,12 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
+
+
+def _model_source(folder: Path) -> Any:
+    """Package and hash of a model that ``cmc_server.demo.models`` made; None for any other."""
+    path = folder / "source.json"
+    return json.loads(path.read_text(encoding="utf-8"))["source"] if path.is_file() else None
 
 
 def _converse(answerer: Answerer, chats: Sequence[Chat]) -> list[str]:

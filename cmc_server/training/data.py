@@ -41,7 +41,8 @@ def read_chats(path: Path) -> list[list[Message]]:
         ConfigError: the file is missing or empty, or a record is broken; the message names its line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also splits at separators that JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The data file {path} cannot be read: {error}.") from None
     chats = [_read_chat(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
