@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from steered import Steered, make_steered
 from tiny_tokenizers import FAMILIES
 from transformers import PreTrainedTokenizerBase
 
@@ -42,3 +43,11 @@ def demo_models(request: pytest.FixtureRequest) -> DemoModels:
 def tokenizers_by_family() -> dict[str, PreTrainedTokenizerBase]:
     """A small trained tokenizer of each family."""
     return {name: make() for name, make in FAMILIES.items()}
+
+
+@pytest.fixture(scope="session")
+def steered(
+    tmp_path_factory: pytest.TempPathFactory, tokenizers_by_family: dict[str, PreTrainedTokenizerBase]
+) -> Steered:
+    """A tiny user LLM with tiny deltas."""
+    return make_steered(tmp_path_factory.mktemp("steered"), tokenizers_by_family)

@@ -84,7 +84,7 @@ class ReferenceFusedLM:
             unmapped=artifact.manifest.unmapped or "zero",
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def steps(
         self,
         prompt: Sequence[int],
@@ -93,6 +93,7 @@ class ReferenceFusedLM:
         *,
         delta_prompts: Mapping[str, Sequence[int]] | None = None,
         unmapped: Unmapped = "zero",
+        start: int = 0,
     ) -> Iterator[Tensor]:
         """Fused logits for every token of a response, and for the one after it (teacher forcing).
 
@@ -102,15 +103,16 @@ class ReferenceFusedLM:
             strengths: delta name to strength; those at 0 are left out.
             delta_prompts: prompt in each delta's tokens, as the front door sends it; None spells the user prompt.
             unmapped: policy for tokens outside the maps.
+            start: leave out the steps before this one.
 
         Yields:
-            [U] float32, len(response) + 1 times.
+            [U] float32, len(response) + 1 - start times.
         """
         ids = torch.tensor([[*prompt, *response]])
         logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
         active = {name: strength for name, strength in strengths.items() if strength}
         spelled = {name: self._delta_prompt(name, prompt, delta_prompts) for name in active}
-        for position in range(len(response) + 1):
+        for position in range(start, len(response) + 1):
             shifts = []
             for name, strength in active.items():
                 delta = self.deltas[name]
@@ -138,7 +140,9 @@ class ReferenceFusedLM:
         """Greedy decoding; the response includes the end token if one was reached."""
         response: list[int] = []
         while len(response) < max_tokens and not (response and response[-1] in end_ids):
-            *_, last = self.steps(prompt, response, strengths, delta_prompts=delta_prompts, unmapped=unmapped)
+            (last,) = self.steps(
+                prompt, response, strengths, delta_prompts=delta_prompts, unmapped=unmapped, start=len(response)
+            )
             response.append(int(last.argmax()))
         return response
 

@@ -1,0 +1,229 @@
+"""The controller, driven as an engine drives it, equals the oracle at every step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from steered import Steered
+
+from cmc_server.config import Unmapped
+from cmc_server.errors import DeltaRuntimeError
+from cmc_server.fusion.controller import DeltaController
+from cmc_server.fusion.reference import ReferenceFusedLM
+from cmc_server.integrations.request_args import ActiveDelta
+
+RESERVED = 5
+TOLERANCE = {"atol": 2e-4, "rtol": 2e-4}
+
+
+@dataclass
+class Request:
+    """A request of the driver below; ``strengths`` empty is base traffic."""
+
+    prompt: list[int]
+    strengths: dict[str, float]
+    unmapped: Unmapped = "zero"
+    delta_prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    response: list[int] = field(default_factory=list)
+
+    @property
+    def steering(self) -> list[ActiveDelta]:
+        return [
+            ActiveDelta(name=name, strength=strength, prompt_ids=self.delta_prompts.get(name))
+            for name, strength in self.strengths.items()
+        ]
+
+
+@pytest.fixture(scope="module")
+def oracle(steered: Steered) -> ReferenceFusedLM:
+    return ReferenceFusedLM(steered.user, steered.deltas)
+
+
+@pytest.fixture
+def controller(steered: Steered) -> Iterator[DeltaController]:
+    made = DeltaController(RESERVED)
+    for name in steered.deltas:
+        made.load(steered.load(name))
+    yield made
+
+
+def base_logits(oracle: ReferenceFusedLM, request: Request) -> torch.Tensor:
+    (last,) = oracle.steps(request.prompt, request.response, {}, start=len(request.response))
+    return last
+
+
+def expected(oracle: ReferenceFusedLM, request: Request) -> torch.Tensor:
+    (last,) = oracle.steps(
+        request.prompt,
+        request.response,
+        request.strengths,
+        delta_prompts=request.delta_prompts,
+        unmapped=request.unmapped,
+        start=len(request.response),
+    )
+    if request.strengths:
+        last[RESERVED] = -torch.inf
+    return last
+
+
+def step(controller: DeltaController, oracle: ReferenceFusedLM, rows: Sequence[tuple[int, Request]]) -> torch.Tensor:
+    """One engine step over (slot, request) rows, checked row by row; base rows bit by bit."""
+    before = torch.stack([base_logits(oracle, request) for _, request in rows])
+    named = [(row, slot) for row, (slot, request) in enumerate(rows) if request.strengths]
+    after = controller.shift(named, before.clone())
+    for row, (_, request) in enumerate(rows):
+        if request.strengths:
+            torch.testing.assert_close(after[row], expected(oracle, request), **TOLERANCE)
+        else:
+            assert torch.equal(after[row], before[row])
+    return after
+
+
+def random_request(draw: random.Random, oracle: ReferenceFusedLM) -> Request:
+    size = oracle.vocabulary.size
+    names = draw.sample(sorted(oracle.deltas), draw.randint(0, 3))
+    prompt = [draw.randrange(size) for _ in range(draw.randint(1, 30))]
+    policy: Unmapped = draw.choice(["zero", "preserve"])
+    request = Request(prompt, {name: draw.choice([-1.0, 0.5, 2.0]) for name in names}, policy)
+    if draw.random() < 0.5:
+        request.delta_prompts = {name: (1, 2, 3 + draw.randrange(50)) for name in names}
+    return request
+
+
+def test_requests_come_and_go(controller: DeltaController, oracle: ReferenceFusedLM) -> None:
+    draw = random.Random(0)
+    running: dict[int, Request] = {}
+    for _ in range(40):
+        free = [slot for slot in range(6) if slot not in running]
+        if free and draw.random() < 0.5:
+            slot = draw.choice(free)
+            running[slot] = random_request(draw, oracle)
+            controller.admit(slot, running[slot].prompt, running[slot].steering, running[slot].unmapped)
+        rows = draw.sample(sorted(running.items()), len(running)) if running else []
+        if rows:
+            after = step(controller, oracle, rows)
+            for row, (slot, request) in enumerate(rows):
+                token = int(after[row].argmax()) if draw.random() < 0.7 else draw.randrange(after.shape[1])
+                request.response.append(token)
+                if request.strengths:
+                    controller.advance(slot, [token])
+        for slot in [slot for slot in running if draw.random() < 0.08]:
+            del running[slot]
+            controller.release(slot)
+
+
+def test_a_resumed_request_goes_on_where_it_was(controller: DeltaController, oracle: ReferenceFusedLM) -> None:
+    request = Request([3, 40, 41], {"other": 1.0, "words": -0.5}, response=[50, 60, 70, 80, 90])
+    controller.admit(0, request.prompt, request.steering, request.unmapped)
+    controller.advance(0, request.response)
+    step(controller, oracle, [(0, request)])
+    step(controller, oracle, [(0, request)])  # a step without a new token gives the same row
+    controller.release(0)
+    controller.admit(4, request.prompt, request.steering, request.unmapped)
+    controller.advance(4, request.response)
+    step(controller, oracle, [(4, request)])
+
+
+def test_beyond_the_window(controller: DeltaController, oracle: ReferenceFusedLM) -> None:
+    """The context of ``other`` is 48: a long answer makes its window move, a long prompt begins beyond it."""
+    draw = random.Random(1)
+    size = oracle.vocabulary.size
+    rows = [
+        (slot, Request([draw.randrange(size) for _ in range(length)], {"other": 1.0}))
+        for slot, length in ((0, 5), (1, 150))
+    ]
+    for slot, request in rows:
+        controller.admit(slot, request.prompt, request.steering, request.unmapped)
+    for _ in range(70):
+        step(controller, oracle, rows)
+        for slot, request in rows:
+            token = draw.randrange(size)
+            request.response.append(token)
+            controller.advance(slot, [token])
+
+
+def test_more_rows_than_cached_sequences_take_turns(steered: Steered, oracle: ReferenceFusedLM) -> None:
+    controller = DeltaController(RESERVED)
+    controller.load(steered.load("same", max_seqs=1))
+    first, second = Request([7, 8], {"same": 1.0}), Request([9], {"same": 1.0})
+    for slot, request in enumerate((first, second)):
+        controller.admit(slot, request.prompt, request.steering, request.unmapped)
+    for _ in range(2):
+        step(controller, oracle, [(0, first)])
+        step(controller, oracle, [(1, second)])
+    logits = torch.zeros(2, oracle.vocabulary.size)
+    after = controller.shift([(0, 0), (1, 1)], logits)
+    ended = [row for row in range(2) if torch.isfinite(after[row]).sum() == 1]
+    assert len(ended) == 1, "two rows at once do not fit: one ends with an error, the other goes on"
+
+
+def test_an_empty_prompt_without_bos(controller: DeltaController, oracle: ReferenceFusedLM) -> None:
+    request = Request([oracle.vocabulary.eos_ids[0]], {"words": 1.0}, "preserve")
+    controller.admit(0, request.prompt, request.steering, request.unmapped)
+    step(controller, oracle, [(0, request)])
+
+
+def assert_ended(row: torch.Tensor) -> None:
+    assert row[RESERVED] == 0
+    assert torch.isfinite(row).sum() == 1
+
+
+class TestFailure:
+    """A failed delta ends its own request and nothing else; never does it turn into base output."""
+
+    def test_in_the_forward_pass(
+        self, controller: DeltaController, oracle: ReferenceFusedLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failing, healthy, base = Request([1], {"same": 1.0}), Request([2], {"other": 1.0}), Request([3], {})
+        for slot, request in ((0, failing), (1, healthy)):
+            controller.admit(slot, request.prompt, request.steering, request.unmapped)
+
+        def explode(*_: object) -> None:
+            raise RuntimeError("boom")
+
+        monkeypatch.setattr(controller.deltas["same"].runner, "_logits", explode)
+        before = torch.stack([base_logits(oracle, request) for request in (failing, healthy, base)])
+        after = controller.shift([(0, 0), (1, 1)], before.clone())
+        assert_ended(after[0])
+        torch.testing.assert_close(after[1], expected(oracle, healthy), **TOLERANCE)
+        assert torch.equal(after[2], before[2])
+        monkeypatch.undo()
+        controller.advance(0, [RESERVED])
+        assert_ended(controller.shift([(0, 0)], before[:1].clone())[0])
+        fresh = Request([1], {"same": 1.0})
+        controller.admit(2, fresh.prompt, fresh.steering, fresh.unmapped)
+        step(controller, oracle, [(2, fresh)])
+
+    def test_logits_that_are_not_finite(
+        self, controller: DeltaController, oracle: ReferenceFusedLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runner = controller.deltas["same"].runner
+        real = runner._logits
+        monkeypatch.setattr(runner, "_logits", lambda *arguments: real(*arguments) * torch.tensor([[torch.nan], [1.0]]))
+        requests = [Request([1], {"same": 1.0}), Request([2], {"same": 1.0})]
+        for slot, request in enumerate(requests):
+            controller.admit(slot, request.prompt, request.steering, request.unmapped)
+        after = controller.shift([(0, 0), (1, 1)], torch.zeros(2, oracle.vocabulary.size))
+        assert_ended(after[0])
+        assert torch.isfinite(after[1]).sum() == after.shape[1] - 1
+
+    @pytest.mark.parametrize(
+        "steering", [ActiveDelta(name="gone", strength=1), ActiveDelta(name="same", strength=1, version="0")]
+    )
+    def test_a_delta_that_is_not_there(self, controller: DeltaController, steering: ActiveDelta) -> None:
+        controller.admit(0, [1], [steering])
+        controller.advance(0, [4])
+        assert_ended(controller.shift([(0, 0)], torch.zeros(1, 50))[0])
+
+    def test_a_prompt_without_token_ids(self, controller: DeltaController) -> None:
+        controller.admit(0, None, [ActiveDelta(name="same", strength=1)])
+        assert_ended(controller.shift([(0, 0)], torch.zeros(1, 50))[0])
+
+    def test_without_a_reserved_token_it_is_raised(self, steered: Steered) -> None:
+        controller = DeltaController()
+        with pytest.raises(DeltaRuntimeError, match="not loaded"):
+            controller.admit(0, [1], [ActiveDelta(name="gone", strength=1)])
