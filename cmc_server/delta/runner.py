@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
 from cmc_server.delta.blocks import BlockPool, CachedSequence
+from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
 from cmc_server.delta.store import DeltaArtifact
 from cmc_server.errors import DeltaError
 
-BLOCK_SIZE = 32
 #: Tokens per forward pass; a longer prefill runs in pieces, which bounds the workspace.
 MAX_TOKENS = 1024
 #: Rows with at most this many new tokens are attended to together, padded to one length.
 _SHORT = 4
-_DEFAULT_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,12 @@ class DeltaRunner:
         self.artifact = artifact
         self.device = device
         self.dtype = dtype
-        self.context_length = artifact.context_length or _DEFAULT_CONTEXT
+        self.context_length = artifact.context_length or DEFAULT_CONTEXT
         self.max_seqs = max_seqs
         self._model = load_model(artifact, dtype, IMPLEMENTATION).to(device)
         self.vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
         self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        blocks_per_seq = -(-self.context_length // BLOCK_SIZE)
-        self.blocks = BlockPool(max_seqs * blocks_per_seq, BLOCK_SIZE)
+        self.blocks = BlockPool(num_blocks(self.context_length, max_seqs), BLOCK_SIZE)
         layers, heads, head_size = cache_shape(self._model.config)
         self._pool = KeyValuePool(layers, self.blocks.num_blocks * BLOCK_SIZE, heads, head_size, dtype, device)
         self._pool.attach(self._model)
@@ -204,29 +202,6 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
-
-
-def cache_shape(config: Any) -> tuple[int, int, int]:
-    """Layers, key-value heads and head size that a config implies."""
-    heads: int = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(config.num_hidden_layers), int(kv_heads), int(head_size)
-
-
-def memory_needed(artifact: DeltaArtifact, max_seqs: int, dtype: torch.dtype) -> int:
-    """Bytes that a runner of this delta would reserve, known before anything is loaded.
-
-    Raises:
-        DeltaError: transformers does not know the architecture.
-    """
-    try:
-        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, local_files_only=True)
-        layers, heads, head_size = cache_shape(config)
-    except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        raise DeltaError(f"The delta {artifact.name!r} is of an unknown architecture: {error}.") from error
-    blocks = max_seqs * -(-(artifact.context_length or _DEFAULT_CONTEXT) // BLOCK_SIZE)
-    return artifact.weight_bytes + 2 * layers * blocks * BLOCK_SIZE * heads * head_size * dtype.itemsize
 
 
 def _split(pieces: list[_Piece], budget: int) -> tuple[list[_Piece], list[_Piece]]:

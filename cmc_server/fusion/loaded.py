@@ -11,15 +11,13 @@ from torch import Tensor
 
 from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.prompt import PromptEncoder
-from cmc_server.delta.runner import DeltaRunner, memory_needed
+from cmc_server.delta.runner import DeltaRunner
 from cmc_server.delta.spelling import Speller
 from cmc_server.delta.store import DeltaArtifact, open_delta
-from cmc_server.errors import CapacityError, DeltaError
+from cmc_server.errors import DeltaError
 from cmc_server.vocab.special import read_overrides
 from cmc_server.vocab.surface import Vocabulary, load_vocabulary
 from cmc_server.vocab.vocab_map import VocabularyMap, cached_map
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,36 +85,3 @@ def delta_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
     if settings.delta_dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.delta_dtype]
     return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def plan_seqs(settings: EngineSettings, engine_max_seqs: int, device: torch.device) -> int:
-    """How many rows may be steered at once within ``delta_memory``.
-
-    Args:
-        settings: an explicit ``max_delta_seqs`` must fit; without one, as many as fit are planned.
-        engine_max_seqs: rows that the engine runs at once.
-        device: decides the computing type.
-
-    Raises:
-        CapacityError: the deltas do not fit, with the numbers.
-    """
-    artifacts = [open_delta(source) for source in settings.deltas]
-    dtype = delta_dtype(settings, device)
-    budget = settings.delta_memory * _GIB
-
-    def needed(max_seqs: int) -> int:
-        return sum(memory_needed(artifact, max_seqs, dtype) for artifact in artifacts)
-
-    wanted = min(settings.max_delta_seqs or engine_max_seqs, engine_max_seqs)
-    if needed(wanted) <= budget:
-        return wanted
-    weights = needed(0)
-    per_seq = needed(1) - weights
-    fitting = int((budget - weights) // per_seq)
-    if settings.max_delta_seqs is None and fitting >= 1:
-        return fitting
-    raise CapacityError(
-        f"The deltas need {needed(wanted) / _GIB:.2f} GiB for {wanted} rows ({weights / _GIB:.2f} GiB of weights and "
-        f"{per_seq / _GIB:.4f} GiB per row), but --delta-memory is {settings.delta_memory:g} GiB; raise it or lower "
-        f"--max-delta-seqs (at most {max(fitting, 0)} rows fit)."
-    )

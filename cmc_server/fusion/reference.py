@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cmc_server.config import DeltaSource, Unmapped
+from cmc_server.delta.capacity import DEFAULT_CONTEXT
 from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.delta.runner import load_model
 from cmc_server.delta.spelling import Speller
@@ -23,8 +24,6 @@ from cmc_server.delta.store import open_delta
 from cmc_server.fusion.rule import Shift, fuse
 from cmc_server.vocab.surface import load_vocabulary
 from cmc_server.vocab.vocab_map import build_map
-
-_DEFAULT_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class ReferenceFusedLM:
             speller=Speller(self.vocabulary, delta, vocab_map, tokenizer),
             encoder=PromptEncoder(tokenizer, artifact.manifest),
             delta_ids=torch.tensor(vocab_map.delta_ids, dtype=torch.int64),
-            context_length=artifact.context_length or _DEFAULT_CONTEXT,
+            context_length=artifact.context_length or DEFAULT_CONTEXT,
             unmapped=artifact.manifest.unmapped or "zero",
         )
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cmc_server.config import EngineSettings
+from cmc_server.delta.capacity import plan_seqs
+from cmc_server.delta.store import open_delta
 from cmc_server.errors import ConfigError
 from cmc_server.fusion.controller import DeltaController
-from cmc_server.fusion.loaded import load_delta, plan_seqs
+from cmc_server.fusion.loaded import delta_dtype, load_delta
 from cmc_server.vocab.surface import load_vocabulary
 
 if TYPE_CHECKING:
@@ -72,7 +74,9 @@ def start_deltas(vllm_config: VllmConfig, device: torch.device, runner: Literal[
         if model.skip_tokenizer_init:
             raise ConfigError("Deltas need the user LLM's tokenizer; start without --skip-tokenizer-init.")
         user = load_vocabulary(str(model.tokenizer))
-        deltas.max_delta_seqs = plan_seqs(settings, vllm_config.scheduler_config.max_num_seqs, device)
+        artifacts = [open_delta(source) for source in settings.deltas]
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        deltas.max_delta_seqs = plan_seqs(settings, artifacts, max_num_seqs, delta_dtype(settings, device).itemsize)
         for source in settings.deltas:
             loaded = load_delta(source, user, settings, max_seqs=deltas.max_delta_seqs, device=device)
             deltas.load(loaded)
