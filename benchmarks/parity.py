@@ -7,8 +7,8 @@ runners, ``generate`` is transformers with the logits processor. The emitted ids
 must be its best token, or lie within 1e-3 of it. In batches, strengths and base requests are mixed; ``--alone`` runs one
 request at a time. Base rows are compared before and after the processor, bit by bit (vLLM only).
 
-``v2`` needs a GPU, or the Triton interpreter (tests/triton_interpreter) with CMC_TEST_TRITON_INTERPRETER=1 and
-VLLM_USE_V2_MODEL_RUNNER=1. The last line of the output is one JSON object.
+Without a GPU, ``v2`` needs the Triton interpreter: PYTHONPATH=tests/cpu_engine CMC_TEST_TRITON_INTERPRETER=1
+VLLM_USE_V2_MODEL_RUNNER=1; with CMC_TEST_ASYNC_SCHEDULING=1 scheduling is asynchronous as on a GPU. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -78,12 +78,14 @@ def answers_of_vllm(args: argparse.Namespace, log: Path) -> Iterator[Answer]:
         str(args.user),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=512,
+        max_model_len=args.max_model_len,
+        disable_log_stats=False,
         max_num_seqs=1 if args.alone else args.batch,
         max_num_batched_tokens=args.batched_tokens,
         enable_prefix_caching=False,
         generation_config="vllm",
-        async_scheduling=args.async_scheduling,
+        num_gpu_blocks_override=args.kv_blocks,
+        block_size=32 if args.kv_blocks else None,
         logits_processors=["watched_processor:WatchedProcessor"],
         additional_config={"cmc_server": {"deltas": [{"name": "delta", "path": str(args.delta)}]}},
     )
@@ -94,6 +96,10 @@ def answers_of_vllm(args: argparse.Namespace, log: Path) -> Iterator[Answer]:
     ]
     for (_, strength), output in zip(work, llm.generate([prompt for prompt, _ in work], params), strict=True):
         yield Answer(list(output.prompt_token_ids), strength, list(output.outputs[0].token_ids))
+    preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    is_async = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    with log.open("a") as stream:
+        stream.write(json.dumps({"preemptions": sum(preemptions), "async_scheduling": is_async}) + "\n")
 
 
 def controls(strength: float | None, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -163,7 +169,8 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="one request at a time")
     parser.add_argument("--batch", type=int, default=16, help="rows at once")
     parser.add_argument("--batched-tokens", type=int, default=None, help="small values split prompts into chunks")
-    parser.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--kv-blocks", type=int, default=None, help="few blocks of 32 tokens force preemption")
+    parser.add_argument("--max-model-len", type=int, default=512)
     args = parser.parse_args()
 
     began = time.perf_counter()
@@ -173,7 +180,8 @@ def main() -> int:
     else:
         with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
             answers = list(answers_of_vllm(args, Path(log.name)))
-            seen = [json.loads(line) for line in log]
+            *seen, engine = [json.loads(line) for line in log]
+            report |= engine
             report["base_rows_compared"] = sum(entry["base_rows"] for entry in seen)
             report["base_rows_changed"] = sum(entry["changed"] for entry in seen)
             report["runner"] = sorted({entry["runner"] for entry in seen})
