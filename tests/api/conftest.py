@@ -13,7 +13,7 @@ from cmc_server.delta.manifest import DeltaManifest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch warns of its own past while vLLM is imported
-    importlib.import_module("vllm.entrypoints.openai.chat_completion.protocol")
+    importlib.import_module("vllm.entrypoints.cli.serve")
 
 
 @pytest.fixture(scope="session")
