@@ -1,14 +1,15 @@
 """Parity of an engine with the slow oracle, judged by teacher forcing.
 
-    python benchmarks/parity.py --engine v1 --user USER_LLM --delta DELTA [--prompts 20 --tokens 48 --strengths 0 0.5 1 2]
+    python benchmarks/parity.py --engine v1 --user USER_LLM --delta DELTA
 
 Every prompt is answered greedily in float32 at every strength by the engine: ``v1`` and ``v2`` are vLLM's two model
 runners, ``generate`` is transformers with the logits processor. The emitted ids are then fed through the oracle: each
-must be its best token, or lie within 1e-3 of it. In batches, strengths and base requests are mixed; ``--alone`` runs one
-request at a time. Base rows are compared before and after the processor, bit by bit (vLLM only).
+must be its best token, or lie within 1e-3 of it. In batches, strengths and base requests are mixed; ``--alone`` runs
+one request at a time. Base rows are compared before and after the processor, bit by bit (vLLM only).
 
 Without a GPU, ``v2`` needs the Triton interpreter: PYTHONPATH=tests/cpu_engine CMC_TEST_TRITON_INTERPRETER=1
-VLLM_USE_V2_MODEL_RUNNER=1; with CMC_TEST_ASYNC_SCHEDULING=1 scheduling is asynchronous as on a GPU. The last line of the output is one JSON object.
+VLLM_USE_V2_MODEL_RUNNER=1. With CMC_TEST_ASYNC_SCHEDULING=1 scheduling is asynchronous there too, as on a GPU. The last
+line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PROMPTS = (
     "Les trois mousquetaires étaient",
     "The recipe needs 250 g of flour, 2 eggs and",
     "In 1969, humans first",
-    "{\"name\": \"Ada\", \"age\":",
+    '{"name": "Ada", "age":',
     "你好，我想知道",
     "Привет! Сегодня мы",
     "Emoji test: 🎉🚀 means",
@@ -80,6 +81,7 @@ def answers_of_vllm(args: argparse.Namespace, log: Path) -> Iterator[Answer]:
         enforce_eager=True,
         max_model_len=args.max_model_len,
         disable_log_stats=False,
+        tensor_parallel_size=args.tensor_parallel,
         max_num_seqs=1 if args.alone else args.batch,
         max_num_batched_tokens=args.batched_tokens,
         enable_prefix_caching=False,
@@ -170,6 +172,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="rows at once")
     parser.add_argument("--batched-tokens", type=int, default=None, help="small values split prompts into chunks")
     parser.add_argument("--kv-blocks", type=int, default=None, help="few blocks of 32 tokens force preemption")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=512)
     args = parser.parse_args()
 

@@ -27,6 +27,7 @@ from cmc_server.delta.blocks import CachedSequence
 from cmc_server.delta.runner import Feed
 from cmc_server.delta.spelling import DeltaInput, window_drop
 from cmc_server.errors import CapacityError, DeltaRuntimeError
+from cmc_server.fusion.exchange import Exchange, agree
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.rule import Shift, fuse_
 
@@ -90,6 +91,21 @@ class _Request:
     failed: bool = False
 
 
+@dataclass(frozen=True)
+class _Output:
+    """Logits of one delta, [n, D] float32, and the row of each stream by its identity."""
+
+    logits: Tensor
+    rows: Mapping[int, int]
+
+    def of(self, streams: Sequence[_Stream]) -> Tensor:
+        """The rows of some streams in their order; no copy where these are all rows."""
+        rows = [self.rows[id(stream)] for stream in streams]
+        if rows == list(range(self.logits.shape[0])):
+            return self.logits
+        return self.logits.index_select(0, torch.tensor(rows, device=self.logits.device))
+
+
 #: A row of the logits and the request that it belongs to.
 _Row = tuple[int, _Request]
 
@@ -100,10 +116,12 @@ class DeltaController:
     Args:
         reserved_token_id: user token that ends a failed request; masked for all other steered rows. None raises
             :class:`DeltaRuntimeError` instead, for engines where the caller sees the exception.
+        exchange: to the other ranks under tensor parallelism.
     """
 
-    def __init__(self, reserved_token_id: int | None = None) -> None:
+    def __init__(self, reserved_token_id: int | None = None, exchange: Exchange | None = None) -> None:
         self._reserved = reserved_token_id
+        self._exchange = exchange
         self._deltas: dict[str, LoadedDelta] = {}
         self._requests: dict[int, _Request] = {}
         self._cached: dict[LoadedDelta, OrderedDict[int, _Stream]] = {}
@@ -173,10 +191,15 @@ class DeltaController:
             DeltaRuntimeError: a delta failed and there is no reserved token.
         """
         steered = [(row, self._requests[slot]) for row, slot in rows]
-        delta_logits = self._delta_logits([request for _, request in steered if not request.failed])
+        self._agree(steered, logits.device)
+        outputs = self._run_deltas([request for _, request in steered if not request.failed], logits.device)
+        self._agree(steered, logits.device)
+        if self._exchange is not None:
+            for output in outputs.values():
+                self._exchange.broadcast(output.logits)
         for members in _same_deltas(steered).values():
             try:
-                self._apply(members, delta_logits, logits)
+                self._apply(members, outputs, logits)
             except Exception as error:  # see admit
                 for _, request in members:
                     self._fail(request, f"the logits could not be added: {error}")
@@ -185,52 +208,65 @@ class DeltaController:
                 self._end(logits[row])
         return logits
 
-    def _apply(self, members: list[_Row], delta_logits: dict[int, Tensor], logits: Tensor) -> None:
+    def _apply(self, members: list[_Row], outputs: dict[LoadedDelta, _Output], logits: Tensor) -> None:
         """The rule for rows that share their deltas and policy."""
         index = torch.tensor([row for row, _ in members], device=logits.device)
         first = members[0][1]
         shifts = []
         for position, stream in enumerate(first.streams):
             streams = [request.streams[position] for _, request in members]
-            silent = torch.zeros(stream.delta.runner.vocab_size, device=logits.device)  # of an empty delta input
-            stacked = torch.stack([delta_logits.get(id(one), silent) for one in streams])
             strengths = torch.tensor([one.strength for one in streams], device=logits.device)
-            shifts.append(Shift(stacked, stream.delta.delta_ids, strengths))
+            shifts.append(Shift(outputs[stream.delta].of(streams), stream.delta.delta_ids, strengths))
         fuse_(logits, index, shifts, first.unmapped)
         if self._reserved is not None:
             logits[index, self._reserved] = -torch.inf
 
-    def _delta_logits(self, requests: Sequence[_Request]) -> dict[int, Tensor]:
-        """[D] float32 per stream (by identity), one forward pass per delta over all its rows."""
+    def _run_deltas(self, requests: Sequence[_Request], device: torch.device) -> dict[LoadedDelta, _Output]:
+        """One forward pass per delta over all its rows; on ranks that do not lead, the room for the leader's."""
         by_delta: dict[LoadedDelta, list[tuple[_Request, _Stream]]] = {}
         for request in requests:
             for stream in request.streams:
-                if stream.text.ids:
-                    by_delta.setdefault(stream.delta, []).append((request, stream))
-        results: dict[int, Tensor] = {}
-        for pairs in by_delta.values():
-            results.update(self._run(pairs))
-        return results
+                by_delta.setdefault(stream.delta, []).append((request, stream))
+        outputs = {}
+        for delta, pairs in by_delta.items():
+            logits = self._run(pairs) if self._exchange is None or self._exchange.is_leader else None
+            if logits is None:
+                logits = torch.zeros(len(pairs), delta.runner.vocab_size, device=device)
+            outputs[delta] = _Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
+        return outputs
 
-    def _run(self, pairs: list[tuple[_Request, _Stream]]) -> dict[int, Tensor]:
+    def _run(self, pairs: list[tuple[_Request, _Stream]]) -> Tensor | None:
+        """[len(pairs), D] float32, zeros for streams that have nothing to read; None if the delta failed."""
         runner = pairs[0][1].delta.runner
         try:
-            running = [(request, stream) for request, stream in pairs if self._with_cache(request, stream, pairs)]
-            feeds = [Feed(stream.sequence, stream.window(), stream.keep) for _, stream in running if stream.sequence]
+            rows = [
+                row for row, (request, one) in enumerate(pairs) if one.text.ids and self._cache(request, one, pairs)
+            ]
+            streams = [pairs[row][1] for row in rows]
+            feeds = [Feed(stream.sequence, stream.window(), stream.keep) for stream in streams if stream.sequence]
             logits = runner.forward(feeds)
             finite = torch.isfinite(logits).all(dim=-1).tolist()
         except Exception as error:  # see admit
             for request, stream in pairs:
-                self._fail(request, f"delta {stream.delta.name!r} failed: {error}")
                 self._drop_cache(stream)
-            return {}
-        results = {}
-        for row, ((request, stream), is_finite) in enumerate(zip(running, finite, strict=True)):
-            stream.keep = len(feeds[row].ids)
-            results[id(stream)] = logits[row]
+                self._fail(request, f"delta {stream.delta.name!r} failed: {error}")
+            return None
+        for row, feed, is_finite in zip(rows, feeds, finite, strict=True):
+            request, stream = pairs[row]
+            stream.keep = len(feed.ids)
             if not is_finite:
                 self._fail(request, f"delta {stream.delta.name!r} gave logits that are not finite")
-        return results
+        if len(rows) == len(pairs):
+            return logits
+        spread = torch.zeros(len(pairs), runner.vocab_size, device=logits.device)
+        return spread.index_copy_(0, torch.tensor(rows, device=logits.device, dtype=torch.int64), logits)
+
+    def _agree(self, steered: Sequence[_Row], device: torch.device) -> None:
+        """Take over the leader's word on which requests failed."""
+        if self._exchange is not None:
+            failed = agree(self._exchange, [request.failed for _, request in steered], device)
+            for (_, request), has_failed in zip(steered, failed, strict=True):
+                request.failed = has_failed
 
     def _open(self, prompt: Sequence[int] | None, steering: Steering) -> _Stream:
         delta = self._deltas.get(steering.name)
@@ -249,7 +285,7 @@ class DeltaController:
         stream.extend(())
         return stream
 
-    def _with_cache(self, request: _Request, stream: _Stream, pairs: list[tuple[_Request, _Stream]]) -> bool:
+    def _cache(self, request: _Request, stream: _Stream, pairs: list[tuple[_Request, _Stream]]) -> bool:
         """See that a stream holds a cached sequence, taking one from a row that is not in this step if need be."""
         cached = self._cached[stream.delta]
         if stream.sequence is None:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from cmc_server.config import EngineSettings
 from cmc_server.delta.capacity import plan_seqs
@@ -17,6 +18,7 @@ from cmc_server.vocab.surface import load_vocabulary
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.parallel_state import GroupCoordinator
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class WorkerDeltas(DeltaController):
     """
 
     def __init__(self, settings: EngineSettings, runner: Literal["v1", "v2"]) -> None:
-        super().__init__(settings.reserved_token_id)
+        super().__init__(settings.reserved_token_id, _exchange())
         self.runner = runner
         self.max_delta_seqs = 0
 
@@ -90,6 +92,27 @@ def _samples_here() -> bool:
     from vllm.distributed.parallel_state import get_pp_group
 
     return bool(get_pp_group().is_last_rank)
+
+
+class _TensorParallel:
+    """The exchange between the ranks of vLLM's tensor-parallel group."""
+
+    def __init__(self, group: GroupCoordinator) -> None:
+        self._group = group
+
+    @property
+    def is_leader(self) -> bool:
+        return bool(self._group.is_first_rank)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._group.broadcast(tensor)
+
+
+def _exchange() -> _TensorParallel | None:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    return _TensorParallel(group) if group.world_size > 1 else None
 
 
 class DeltaWorkerExtension:
