@@ -38,7 +38,10 @@ controls = (
     | st.lists(choices, max_size=1)
 )
 models = st.sampled_from(["smollm2", "tiny", "tiny@0.5", "tiny@", "tiny+nope", "nope", None, 5])
-ours = st.fixed_dictionaries({}, optional={"cmc": controls, "model": models, "stream": st.booleans()})
+stream = st.fixed_dictionaries({}, optional={"stream": st.booleans()})
+right = st.sampled_from([{"model": "tiny"}, {"cmc": {"deltas": [{"name": "tiny", "strength": -2}]}}])
+any_ours = st.fixed_dictionaries({}, optional={"cmc": controls, "model": models})
+ours = st.builds(dict.__or__, stream, right | right | any_ours)
 
 
 @pytest.fixture(scope="module")
