@@ -1,0 +1,78 @@
+"""Every engine against the oracle, on the two real LLMs with the shipped delta: greedy, mixed strengths, mixed batches.
+
+The script that also takes the larger measurement does the work; each case is an engine of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cmc_server.demo
+
+ROOT = Path(__file__).parents[2]
+CONCISE = Path(cmc_server.demo.__file__).parent / "concise"
+MRV2 = {"CMC_TEST_TRITON_INTERPRETER": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+ASYNC = {"CMC_TEST_ASYNC_SCHEDULING": "1"}
+FULL = "--prompts 5 --tokens 24 --strengths 0 1 2"
+# Few cache blocks force preemption and resumption, small batches split the prompts.
+PREEMPTED = "--batch 6 --kv-blocks 4 --max-model-len 96 --batched-tokens 16"
+
+
+def parity(user: Path, engine: str, options: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "parity.py"), "--engine", engine, "--user", str(user)]
+    finished = subprocess.run(
+        [*command, "--delta", str(CONCISE), *options.split()],
+        env={**os.environ, **(environment or {}), "PYTHONPATH": str(ROOT / "tests" / "cpu_engine")},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    lines = [line for line in finished.stdout.splitlines() if line.startswith('{"parity"')]
+    assert lines, finished.stderr[-3000:]
+    report: dict[str, Any] = json.loads(lines[-1])["parity"]
+    assert report["passed"], report
+    assert report["answers_changed"] > 0, "the delta must have changed something for this to mean anything"
+    return report
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["smollm2", "gemma3"])
+class TestParity:
+    def test_v1(self, demo_models: Any, user: str) -> None:
+        report = parity(getattr(demo_models, user), "v1", FULL)
+        assert report["runner"] == ["v1"]
+        assert report["base_rows_compared"] > 0
+
+    def test_generate(self, demo_models: Any, user: str) -> None:
+        parity(getattr(demo_models, user), "generate", FULL)
+
+    def test_v2(self, demo_models: Any, user: str) -> None:
+        report = parity(getattr(demo_models, user), "v2", "--prompts 1 --tokens 8 --strengths 0 2", MRV2)
+        assert report["runner"] == ["v2"]
+        assert report["base_rows_compared"] > 0
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+class TestParityUnderPreemption:
+    """Partial prefill, preemption and resumption, with asynchronous scheduling as on a GPU."""
+
+    def test_v1(self, demo_models: Any) -> None:
+        report = parity(demo_models.smollm2, "v1", f"--prompts 3 --tokens 32 --strengths 0 2 {PREEMPTED}", ASYNC)
+        assert report["preemptions"] > 0
+        assert report["async_scheduling"]
+
+    def test_v2(self, demo_models: Any) -> None:
+        options = f"--prompts 2 --tokens 32 --strengths 0 2 {PREEMPTED}"
+        report = parity(demo_models.smollm2, "v2", options, {**MRV2, **ASYNC})
+        assert report["preemptions"] > 0
+        assert report["async_scheduling"]
