@@ -3,7 +3,7 @@
     python benchmarks/serving.py --user USER_LLM --delta DELTA [--concurrent 1 8 32 --pairs 15 --tokens 64]
 
 Two servers run at once, plain vLLM and ours with the delta loaded, and are asked in turn, so that each pair of figures
-is taken within seconds. The bound per step is t_base / (t_base + max(delta FLOPs / GEMM peak, delta bytes / bandwidth)),
+is taken within seconds. The bound: t_base / (t_base + max(delta FLOPs / GEMM peak, delta bytes / bandwidth)) per step,
 with peak and bandwidth measured in this run on as many threads as vLLM's worker uses. The last line is one JSON object.
 """
 

@@ -106,7 +106,7 @@ class DeltaRunner:
         Raises:
             CapacityError: the key-value cache is too small; the sequences stay usable.
         """
-        output = torch.empty(len(feeds), self.vocab_size, device=self.device)
+        output: Tensor | None = None
         pieces = [self._begin(row, feed) for row, feed in enumerate(feeds)]
         while pieces:
             batch, pieces = _split(pieces, MAX_TOKENS)
@@ -114,9 +114,12 @@ class DeltaRunner:
             logits = self._run(feeds, batch, [piece.row for piece in ended])
             for piece in batch:
                 feeds[piece.row].sequence.length = piece.stop
-            if ended:
-                output[torch.tensor([piece.row for piece in ended], device=self.device)] = logits
-        return output
+            if len(ended) == len(feeds):
+                return logits
+            if output is None:
+                output = logits.new_zeros(len(feeds), self.vocab_size)
+            output[torch.tensor([piece.row for piece in ended], dtype=torch.int64, device=self.device)] = logits
+        return torch.zeros(0, self.vocab_size, device=self.device) if output is None else output
 
     def _begin(self, row: int, feed: Feed) -> _Piece:
         # The last id is always fed, since its logits are wanted and are not kept.

@@ -245,7 +245,7 @@ class DeltaController:
             streams = [pairs[row][1] for row in rows]
             feeds = [Feed(stream.sequence, stream.window(), stream.keep) for stream in streams if stream.sequence]
             logits = runner.forward(feeds)
-            finite = torch.isfinite(logits).all(dim=-1).tolist()
+            finite = torch.isfinite(logits.sum(dim=-1)).tolist()  # a sum is finite only if all of it is
         except Exception as error:  # see admit
             for request, stream in pairs:
                 self._drop_cache(stream)

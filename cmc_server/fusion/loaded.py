@@ -30,7 +30,7 @@ class LoadedDelta:
         speller: user tokens in its own tokens.
         encoder: its prompt rendering.
         vocab_map: user tokens to delta tokens.
-        delta_ids: the map as int64 on the runner's device.
+        delta_ids: the map as int64 on the runner's device; None is the identity.
     """
 
     artifact: DeltaArtifact
@@ -38,7 +38,7 @@ class LoadedDelta:
     speller: Speller
     encoder: PromptEncoder
     vocab_map: VocabularyMap
-    delta_ids: Tensor
+    delta_ids: Tensor | None
 
     @property
     def name(self) -> str:
@@ -76,8 +76,13 @@ def load_delta(
         speller=Speller(user, delta, vocab_map, tokenizer),
         encoder=PromptEncoder(tokenizer, artifact.manifest),
         vocab_map=vocab_map,
-        delta_ids=torch.tensor(vocab_map.delta_ids, device=device, dtype=torch.int64),
+        delta_ids=map_tensor(vocab_map, device),
     )
+
+
+def map_tensor(vocab_map: VocabularyMap, device: torch.device) -> Tensor | None:
+    """The map as the rule takes it: int64, or None for the identity."""
+    return None if vocab_map.is_identity else torch.tensor(vocab_map.delta_ids, device=device, dtype=torch.int64)
 
 
 def delta_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:

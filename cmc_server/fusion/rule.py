@@ -27,12 +27,13 @@ class Shift:
 
     Args:
         delta_logits: [R, D] floating point.
-        delta_ids: [U'] int64, the vocabulary map; -1 is unmapped. Columns beyond U' count as unmapped.
+        delta_ids: [U'] int64, the vocabulary map; -1 is unmapped. Columns beyond U' count as unmapped. None is the
+            identity: every delta token stands for the user token of its own id.
         strength: one factor for all rows, or [R].
     """
 
     delta_logits: Tensor
-    delta_ids: Tensor
+    delta_ids: Tensor | None
     strength: float | Tensor
 
 
@@ -51,7 +52,7 @@ def fuse(logits: Tensor, shifts: Sequence[Shift], unmapped: Unmapped = "zero") -
     total = torch.zeros_like(base)
     mapped = torch.zeros(base.shape[-1], dtype=torch.bool, device=base.device)
     for shift in shifts:
-        delta_ids = _padded(shift.delta_ids, base.shape[-1])
+        delta_ids = _padded(shift, base.shape[-1])
         in_map = delta_ids >= 0
         delta_logits = shift.delta_logits.float()
         # gather: for these shapes its backward is several times faster than that of indexing by a tensor.
@@ -76,24 +77,25 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
     Returns:
         ``logits``, changed in the given rows.
     """
-    if not shifts:
-        return logits
-    base = logits.index_select(0, rows)
-    fused = base.clone() if unmapped == "preserve" else base
-    mapped = None
+    if unmapped == "preserve" and shifts:
+        return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))
     for shift in shifts:
-        width = min(shift.delta_ids.numel(), fused.shape[1])
-        delta_ids = shift.delta_ids[:width]
-        # One appended column of zeros stands for "unmapped", so that the gather needs no mask: -1 selects it.
-        extended = torch.nn.functional.pad(shift.delta_logits.float() * _column(shift.strength), (0, 1))
-        sources = torch.where(delta_ids < 0, extended.shape[1] - 1, delta_ids)
-        fused[:, :width] += extended.index_select(1, sources)
-        if unmapped == "preserve":
-            in_map = _padded(delta_ids, fused.shape[1]) >= 0
-            mapped = in_map if mapped is None else mapped | in_map
-    if mapped is not None:
-        fused = torch.where(mapped, fused + _correction(base, fused, mapped), fused)
-    return logits.index_copy_(0, rows, fused)
+        scaled = _scaled(shift)
+        width = min(scaled.shape[1], logits.shape[1])
+        logits[:, :width].index_add_(0, rows, scaled[:, :width])
+    return logits
+
+
+def _scaled(shift: Shift) -> Tensor:
+    """a * s for the mapped columns, [R, U'] float32, without a pass that is not needed."""
+    delta_logits = shift.delta_logits.float()
+    if shift.delta_ids is None:
+        return delta_logits * _column(shift.strength)
+    rows, size = delta_logits.shape
+    # One more column, of zeros, stands for "unmapped", so that the gather needs no mask.
+    extended = delta_logits.new_zeros(rows, size + 1)
+    torch.mul(delta_logits, _column(shift.strength), out=extended[:, :size])
+    return extended.index_select(1, torch.where(shift.delta_ids < 0, size, shift.delta_ids))
 
 
 def _correction(base: Tensor, fused: Tensor, mapped: Tensor) -> Tensor:
@@ -103,7 +105,11 @@ def _correction(base: Tensor, fused: Tensor, mapped: Tensor) -> Tensor:
     return torch.where(before == -torch.inf, 0.0, before - after)
 
 
-def _padded(delta_ids: Tensor, num_columns: int) -> Tensor:
+def _padded(shift: Shift, num_columns: int) -> Tensor:
+    """The map for exactly ``num_columns`` columns."""
+    delta_ids = shift.delta_ids
+    if delta_ids is None:
+        delta_ids = torch.arange(shift.delta_logits.shape[-1], device=shift.delta_logits.device)
     missing = num_columns - delta_ids.numel()
     return torch.nn.functional.pad(delta_ids, (0, missing), value=-1) if missing > 0 else delta_ids[:num_columns]
 

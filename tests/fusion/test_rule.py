@@ -22,7 +22,8 @@ def make(seed: int, rows: int, columns: int, deltas: int) -> tuple[torch.Tensor,
         size = 5 + position
         ids = torch.randint(-1, size, (columns - position,), generator=generator)
         strength = torch.randn(rows, generator=generator) if position % 2 else -0.5
-        shifts.append(Shift(torch.randn(rows, size, generator=generator), ids, strength))
+        delta_logits = torch.randn(rows, size, generator=generator)
+        shifts.append(Shift(delta_logits, None if position == 2 else ids, strength))
     return logits, shifts
 
 
@@ -59,7 +60,10 @@ def test_preserve_keeps_the_probability_of_unmapped_tokens(seed: int, deltas: in
     logits[:, 0] = 0.0  # at least one token is possible
     mapped = torch.zeros(20, dtype=torch.bool)
     for shift in shifts:
-        mapped[: shift.delta_ids.numel()] |= shift.delta_ids >= 0
+        if shift.delta_ids is None:
+            mapped[: shift.delta_logits.shape[1]] = True
+        else:
+            mapped[: shift.delta_ids.numel()] |= shift.delta_ids >= 0
     before, after = logits.softmax(-1), fuse(logits, shifts, "preserve").softmax(-1)
     torch.testing.assert_close(after[:, ~mapped], before[:, ~mapped], atol=1e-5, rtol=1e-5)
 
