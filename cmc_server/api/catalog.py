@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,7 @@ from cmc_server.config import EngineSettings
 from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.delta.store import DeltaArtifact, open_delta
 from cmc_server.errors import ControlsError, DeltaError
+from cmc_server.integrations.vllm_engine import ServedModels
 
 _ENCODING_THREADS = 4
 
@@ -54,21 +55,20 @@ class Catalog:
 
     Args:
         settings: the server's settings.
-        base_ids: ids under which vLLM serves the user LLM.
-        is_served: whether vLLM serves a model of this id, adapters included.
+        served: the models that vLLM serves.
 
     Raises:
         DeltaError: a delta cannot be opened.
     """
 
-    def __init__(self, settings: EngineSettings, base_ids: Sequence[str], is_served: Callable[[str], bool]) -> None:
-        self.base_ids = tuple(base_ids)
-        self.encoded_base_ids = frozenset(base_id.encode() for base_id in base_ids)
+    def __init__(self, settings: EngineSettings, served: ServedModels) -> None:
+        self.served = served
+        self.encoded_base_ids = frozenset(base_id.encode() for base_id in served.base_ids)
         self.deltas = {source.name: _serve(open_delta(source)) for source in settings.deltas}
         self.offer = Offer(
             deltas={name: delta.offer for name, delta in self.deltas.items()},
-            base_model=base_ids[0],
-            is_served=is_served,
+            base_model=served.base_ids[0],
+            is_served=served.__contains__,
             bounds=settings.strength_bounds,
             max_deltas=settings.max_deltas_per_request,
         )

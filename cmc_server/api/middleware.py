@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Larger than any chat with pictures; a request is held in memory as a whole.
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024
+#: Where vLLM has its routes that generate; those that can be steered are among them.
+_GENERATING: Final = ("/v1/", "/v2/", "/inference/", "/cohere/", "/invocations")
 _METHODS: Final = ("POST", "PUT", "PATCH", "DELETE")
 _FORMS: Final = ("multipart/", "application/x-www-form-urlencoded")
 
@@ -38,7 +40,7 @@ class FrontDoor:
 
     Args:
         app: the application behind.
-        readiness: while it names a problem, no request that could be steered passes.
+        readiness: while it names a problem, nothing is generated.
     """
 
     def __init__(self, app: ASGIApp, readiness: Readiness) -> None:
@@ -51,7 +53,7 @@ class FrontDoor:
             await self._app(scope, receive, send)
             return
         route = route_of(scope)
-        problem = self._readiness.problem if route in STEERED_ROUTES else None
+        problem = self._readiness.problem if route.startswith(_GENERATING) else None
         if problem is not None:
             metrics.ERRORS.labels("not_ready").inc()
             await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, f"Not ready: {problem}.", route=route)

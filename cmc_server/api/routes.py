@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
@@ -22,7 +22,7 @@ from cmc_server.api.readiness import Readiness
 from cmc_server.api.stamp import AnswerStamp
 from cmc_server.config import EngineSettings
 from cmc_server.errors import ControlsError
-from cmc_server.integrations.vllm_engine import RowGate, guard_engine
+from cmc_server.integrations.vllm_engine import RowGate, ServedModels, engine_rows, guard_engine
 
 _ROOT_LOGGER = logging.getLogger("cmc_server")
 
@@ -55,9 +55,7 @@ class DeltaEndpoints:
         """
         logging.getLogger("cmc_server.access").disabled = args.disable_uvicorn_access_log
         settings = EngineSettings.from_additional_config(args.additional_config)
-        models = state.openai_serving_models
-        base_ids = [base.name for base in models.base_model_paths]
-        catalog = Catalog(settings, base_ids, lambda model: model in base_ids or model in models.lora_requests)
+        catalog = Catalog(settings, ServedModels(state))
         guard_engine(
             engine_client,
             reserved_token_id=settings.reserved_token_id,
@@ -65,10 +63,9 @@ class DeltaEndpoints:
             on_failure=metrics.ERRORS.labels("delta_failed").inc,
             on_shutdown=self._readiness.drain,
         )
-        engine_rows = engine_client.vllm_config.scheduler_config.max_num_seqs
 
         def use_rows(rows: int) -> None:
-            if rows < engine_rows:
+            if rows < engine_rows(engine_client):
                 self._gate.limit = catalog.max_rows = max(1, rows // (args.api_server_count or 1))
 
         await self._readiness.connect(engine_client, catalog, use_rows)
@@ -98,20 +95,19 @@ class _Routes:
         router.add_api_route("/ready", self.ready, methods=["GET"])
         return router
 
-    async def list_models(self, request: Request) -> JSONResponse:
+    async def list_models(self) -> JSONResponse:
         """Models that vLLM serves, then one entry per delta."""
-        listing = await _vllm_models(request)
-        models = listing["data"]
-        cards = [_card(delta, models[0]) for delta in self._deltas.values()]
-        return JSONResponse({**listing, "data": models + cards})
+        models = await self._models()
+        cards = [_card(delta, models[0]) for delta in self._deltas.values()] if models else []
+        return JSONResponse({"object": "list", "data": models + cards})
 
-    async def get_model(self, request: Request, model_id: str) -> JSONResponse:
+    async def get_model(self, model_id: str) -> JSONResponse:
         """One model: as vLLM serves it, or a delta, with a strength and in combination too."""
-        models = (await _vllm_models(request))["data"]
+        models = await self._models()
         for model in models:
             if model["id"] == model_id:
                 return JSONResponse(model)
-        card = _delta_card(model_id, self._deltas, models[0])
+        card = _delta_card(model_id, self._deltas, models[0]) if models else None
         if card is not None:
             return JSONResponse(card)
         return _not_found(f"The model `{model_id}` does not exist.", "model")
@@ -140,11 +136,9 @@ class _Routes:
         catalog = self._readiness.catalog
         return {} if catalog is None else catalog.deltas
 
-
-async def _vllm_models(request: Request) -> dict[str, Any]:
-    listing = await request.app.state.openai_serving_models.show_available_models()
-    models: dict[str, Any] = listing.model_dump()
-    return models
+    async def _models(self) -> list[dict[str, Any]]:
+        catalog = self._readiness.catalog
+        return [] if catalog is None else await catalog.served.cards()
 
 
 def _card(delta: ServedDelta, base: Mapping[str, Any], model_id: str | None = None) -> dict[str, Any]:

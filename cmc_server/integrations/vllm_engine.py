@@ -80,6 +80,33 @@ class RowGate:
         self._on_waiting(sum(count for count, _ in self._waiting))
 
 
+class ServedModels:
+    """The models that vLLM itself serves: the user LLM under its names, and adapters.
+
+    Args:
+        state: the application's state as vLLM's ``init_app_state`` left it.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._models = state.openai_serving_models
+        self.base_ids: list[str] = [base.name for base in self._models.base_model_paths]
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self.base_ids or model_id in self._models.lora_requests
+
+    async def cards(self) -> list[dict[str, Any]]:
+        """Their entries in ``/v1/models``, the user LLM's first."""
+        listing = await self._models.show_available_models()
+        cards: list[dict[str, Any]] = listing.model_dump()["data"]
+        return cards
+
+
+def engine_rows(engine_client: Any) -> int:
+    """How many rows the engine runs at once."""
+    rows: int = engine_client.vllm_config.scheduler_config.max_num_seqs
+    return rows
+
+
 def guard_engine(
     engine_client: Any,
     *,

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 from tiny_models import make_delta, make_tokenizer
 
 from cmc_server.delta.manifest import DeltaManifest
+from cmc_server.delta.store import content_version
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch warns of its own past while vLLM is imported
     importlib.import_module("vllm.entrypoints.cli.serve")
+    from plugin_app import HEADERS, Engine, start
+
+
+@pytest.fixture(autouse=True)
+def own_loggers() -> Iterator[None]:
+    """The plugin gives our loggers vLLM's handlers; other tests want them as they were."""
+    root, access = logging.getLogger("cmc_server"), logging.getLogger("cmc_server.access")
+    before = (root.handlers, root.level, root.propagate, access.disabled)
+    yield
+    root.handlers, root.level, root.propagate, access.disabled = before
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +56,33 @@ def picky_delta(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
         "{{ 1 // (messages | length - 3) and '' }}",
     )
     return make_delta(tmp_path_factory.mktemp("picky"), tiny_tokenizer, seed=1, manifest=manifest)
+
+
+@pytest.fixture(scope="session")
+def deltas(tiny_delta: Path, picky_delta: Path) -> dict[str, Path]:
+    return {"tiny": tiny_delta, "picky": picky_delta}
+
+
+@pytest.fixture(scope="session")
+def versions(deltas: dict[str, Path]) -> dict[str, str]:
+    return {name: content_version(folder) for name, folder in deltas.items()}
+
+
+@pytest.fixture
+def rank(versions: dict[str, str]) -> dict[str, Any]:
+    """A worker's report."""
+    details = {"num_parameters": 1, "memory_bytes": 2, "dtype": "float32", "coverage": 1.0, "match": {"exact": 3}}
+    reports = [{"name": name, "version": version, **details} for name, version in versions.items()]
+    return {"processor": True, "runner": "v1", "max_delta_seqs": 8, "deltas": reports}
+
+
+@pytest.fixture
+def engine(rank: dict[str, Any]) -> Engine:
+    return Engine([rank])
+
+
+@pytest.fixture
+def client(engine: Engine, deltas: dict[str, Path]) -> Iterator[TestClient]:
+    app = start(engine, deltas)
+    with TestClient(app, headers=HEADERS, raise_server_exceptions=False) as client:
+        yield client

@@ -2,148 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from cmc_server.api import middleware
-from cmc_server.api.controls import STEERED_ROUTES
-from cmc_server.api.routes import DeltaEndpoints
-from cmc_server.config import ADDITIONAL_CONFIG_KEY
 from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.delta.prompt import PromptEncoder
-from cmc_server.delta.store import content_version
 from cmc_server.integrations.request_args import RequestControls
 from cmc_server.vocab.surface import load_tokenizer
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]
-
-
-class Engine:
-    """As much of vLLM's engine client as the plugin touches; ``ranks`` is what the workers report."""
-
-    def __init__(self, ranks: Any) -> None:
-        self.ranks = ranks
-        self.errored = False
-        self.stopped = False
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
-
-    async def collective_rpc(self, name: str) -> Any:
-        assert name == "cmc_status"
-        if isinstance(self.ranks, Exception):
-            raise self.ranks
-        return self.ranks
-
-    def generate(self) -> None: ...
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        self.stopped = True
-
-
-class Models:
-    """vLLM's list of served models."""
-
-    base_model_paths = (SimpleNamespace(name="base"), SimpleNamespace(name="alias"))
-    lora_requests = {"adapter": object()}  # noqa: RUF012
-
-    async def show_available_models(self) -> ModelList:
-        return ModelList(data=[ModelCard(id=name, root="/base") for name in ("base", "alias")])
-
-
-def application(plugin: DeltaEndpoints) -> FastAPI:
-    """Routes as vLLM has them, then the plugin, then authentication around both: vLLM's own order."""
-    app = FastAPI()
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: ChatCompletionRequest, raw: Request) -> Any:
-        return await echo(raw)
-
-    @app.post("/v1/completions")
-    @app.post("/v1/responses")
-    @app.post("/v1/messages")
-    @app.post("/v1/messages/count_tokens")
-    @app.post("/tokenize")
-    @app.post("/v1/audio/transcriptions")
-    async def echo(raw: Request) -> Any:
-        body = await raw.body()
-        if raw.query_params.get("fail"):
-            raise RuntimeError("broken")
-        reply = {"model": "base", "received": body.decode("utf-8", "replace")}
-        if raw.query_params.get("stream"):
-            return StreamingResponse(events(reply, raw.query_params["stream"]), media_type="text/event-stream")
-        return JSONResponse(reply)
-
-    plugin.attach_router(app)
-    app.add_middleware(AuthenticationMiddleware, tokens=["key"])
-    app.state.openai_serving_models = Models()
-    return app
-
-
-async def events(reply: dict[str, Any], kind: str) -> AsyncIterator[str]:
-    yield f"event: response.created\ndata: {json.dumps({'response': reply})}\n\n"
-    if kind == "broken":
-        raise RuntimeError("broken")
-    yield f"data: {json.dumps(reply)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-@pytest.fixture(scope="module")
-def deltas(tiny_delta: Path, picky_delta: Path) -> dict[str, Path]:
-    return {"tiny": tiny_delta, "picky": picky_delta}
-
-
-@pytest.fixture(scope="module")
-def versions(deltas: dict[str, Path]) -> dict[str, str]:
-    return {name: content_version(folder) for name, folder in deltas.items()}
-
-
-@pytest.fixture
-def rank(versions: dict[str, str]) -> dict[str, Any]:
-    """A worker's report."""
-    details = {"num_parameters": 1, "memory_bytes": 2, "dtype": "float32", "coverage": 1.0, "match": {"exact": 3}}
-    reports = [{"name": name, "version": version, **details} for name, version in versions.items()]
-    return {"processor": True, "runner": "v1", "max_delta_seqs": 8, "deltas": reports}
-
-
-@pytest.fixture
-def engine(rank: dict[str, Any]) -> Engine:
-    return Engine([rank])
-
-
-def start(engine: Engine, deltas: dict[str, Path], **settings: Any) -> tuple[FastAPI, DeltaEndpoints]:
-    plugin = DeltaEndpoints()
-    assert isinstance(plugin, EndpointPlugin)
-    app = application(plugin)
-    sources = [{"name": name, "path": str(folder)} for name, folder in deltas.items()]
-    args = Namespace(
-        additional_config={ADDITIONAL_CONFIG_KEY: {"deltas": sources, "reserved_token_id": 3, **settings}},
-        disable_uvicorn_access_log=False,
-        api_server_count=None,
-    )
-    asyncio.run(plugin.init_state(engine, app.state, args))
-    return app, plugin
-
-
-@pytest.fixture
-def client(engine: Engine, deltas: dict[str, Path]) -> Iterator[TestClient]:
-    app, _ = start(engine, deltas)
-    with TestClient(app, headers={"Authorization": "Bearer key"}, raise_server_exceptions=False) as client:
-        yield client
 
 
 def received(answer: Any) -> dict[str, Any]:
@@ -317,111 +191,6 @@ def test_authentication_comes_first(client: TestClient) -> None:
         assert answer.headers["x-cmc-deltas"] == "none"
     assert client.get("/v1/deltas", headers={"Authorization": ""}).status_code == 401
     assert client.get("/ready", headers={"Authorization": ""}).status_code == 200
-
-
-def test_the_list_of_models(client: TestClient) -> None:
-    models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
-    assert list(models) == ["base", "alias", "tiny", "picky"]
-    assert models["tiny"]["parent"] == "base"
-    assert models["base"]["parent"] is None
-    for model_id in ("base", "tiny", "tiny@0.8", "tiny@0.8+picky"):
-        assert client.get(f"/v1/models/{model_id}").json()["id"] == model_id
-    for model_id in ("nope", "tiny@", "tiny+nope", "org/nope"):
-        answer = client.get(f"/v1/models/{model_id}")
-        assert answer.status_code == 404
-        assert answer.json()["error"]["type"] == "NotFoundError"
-
-
-def test_the_list_of_deltas(client: TestClient, versions: dict[str, str]) -> None:
-    listing = client.get("/v1/deltas").json()
-    assert [delta["name"] for delta in listing["data"]] == ["tiny", "picky"]
-    picky = client.get("/v1/deltas/picky").json()
-    assert picky == listing["data"][1]
-    assert picky["version"] == versions["picky"]
-    assert picky["strength"] == 0.5
-    assert picky["advised_range"] == [0.0, 2.0]
-    assert picky["unmapped"] == "preserve"
-    assert picky["context_length"] == 64
-    assert (picky["state"], picky["coverage"], picky["match"]) == ("loaded", 1.0, {"exact": 3})
-    answer = client.get("/v1/deltas/nope")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "name")
-
-
-def test_the_field_is_in_the_schema(client: TestClient) -> None:
-    schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    assert schemas["ChatCompletionRequest"]["properties"]["cmc"] == {"$ref": "#/components/schemas/CmcControls"}
-    assert set(schemas["CmcControls"]["properties"]) == {"deltas", "unmapped"}
-    assert schemas["CmcControls"]["properties"]["deltas"]["items"] == {"$ref": "#/components/schemas/DeltaChoice"}
-
-
-def test_ready(client: TestClient) -> None:
-    assert client.get("/ready").json() == {"status": "ready", "deltas": ["tiny", "picky"]}
-
-
-def broken_ranks(rank: dict[str, Any]) -> list[tuple[Any, str]]:
-    other = {**rank, "deltas": [{**rank["deltas"][0], "version": "0" * 12}, rank["deltas"][1]]}
-    return [
-        (RuntimeError("no such method"), "no such method"),
-        ([], "without the delta processor"),
-        ([{"processor": False, "runner": None, "deltas": []}], "without the delta processor"),
-        ([rank, {"processor": False, "runner": None, "deltas": []}], "without the delta processor"),
-        ([None], "without the delta processor"),
-        ([{**rank, "deltas": []}], "no worker has loaded"),
-        ([other], "the workers have loaded"),
-        ([rank, other], "the workers have loaded"),
-    ]
-
-
-@pytest.mark.parametrize("index", range(8))
-def test_a_half_wired_server_never_serves(rank: dict[str, Any], deltas: dict[str, Path], index: int) -> None:
-    ranks, reason = broken_ranks(rank)[index]
-    engine = Engine(ranks)
-    app, _ = start(engine, deltas)
-    client = TestClient(app, headers={"Authorization": "Bearer key"})
-    answer = client.get("/ready")
-    assert answer.status_code == 503
-    assert reason in answer.json()["reason"]
-    for route in STEERED_ROUTES:
-        for model in ("base", "tiny"):
-            answer = client.post(route, json={"model": model, "messages": USER, "input": "a", "prompt": "a"})
-            assert answer.status_code == 503
-            assert answer.headers["retry-after"]
-    engine.ranks = [rank, {**rank, "deltas": []}]  # what was missing arrives; the second rank does not sample
-    assert client.get("/ready").status_code == 200
-    assert client.post(CHAT, json={"model": "tiny", "messages": USER}).status_code == 200
-
-
-def test_shutting_down_and_failing(engine: Engine, deltas: dict[str, Path]) -> None:
-    app, _ = start(engine, deltas)
-    client = TestClient(app, headers={"Authorization": "Bearer key"})
-    assert client.get("/ready").status_code == 200
-    engine.errored = True
-    assert "failed" in client.get("/ready").json()["reason"]
-    engine.errored = False
-    engine.shutdown(timeout=1)
-    assert engine.stopped
-    assert "shutting down" in client.get("/ready").json()["reason"]
-    assert client.post(CHAT, json={"model": "base", "messages": USER}).status_code == 503
-
-
-def test_rows_are_limited_only_where_the_workers_cannot_steer_all(
-    rank: dict[str, Any], deltas: dict[str, Path]
-) -> None:
-    for rows, status in ((8, 200), (4, 400)):
-        app, _ = start(Engine([{**rank, "max_delta_seqs": rows}]), deltas)
-        client = TestClient(app, headers={"Authorization": "Bearer key"})
-        answer = client.post(CHAT, json={"model": "tiny", "messages": USER, "n": 5})
-        assert answer.status_code == status
-
-
-def test_a_server_without_deltas(rank: dict[str, Any]) -> None:
-    app, _ = start(Engine([{**rank, "deltas": []}]), {})
-    client = TestClient(app, headers={"Authorization": "Bearer key"})
-    assert client.get("/ready").status_code == 200
-    assert client.get("/v1/deltas").json() == {"object": "list", "data": []}
-    assert client.post(CHAT, json={"model": "base", "messages": USER}).status_code == 200
-    answer = client.post(CHAT, json={"model": "base", "messages": USER, "cmc": {"deltas": [{"name": "tiny"}]}})
-    assert "none is loaded" in answer.json()["error"]["message"]
 
 
 def test_the_access_log(client: TestClient, versions: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
