@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmc_server.config import DeltaSource, EngineSettings
+from cmc_server.config import EngineSettings
+from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
 from cmc_server.delta.store import DeltaArtifact, open_delta
 from cmc_server.errors import ConfigError, DeltaError
 from cmc_server.vocab.reserved import pick_reserved_token
@@ -24,11 +25,15 @@ class UserModel:
         tokenizer: folder or hub id of its tokenizer.
         num_logits: columns of its logits.
         chat_template: a template, or the path of one, that replaces the tokenizer's own.
+        max_num_seqs: rows that the engine runs at once, where the user said so.
+        on_cpu: whether the deltas run in float32 unless told otherwise, as they do on a CPU.
     """
 
     tokenizer: str
     num_logits: int
     chat_template: str | None = None
+    max_num_seqs: int | None = None
+    on_cpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,31 +62,39 @@ def check_deltas(settings: EngineSettings, model: UserModel) -> Checked:
         DeltaError: a delta cannot be used, or knows too little of the vocabulary.
         MapError: the user LLM's tokenizer or the overrides cannot be used.
         ConfigError: a delta's own strength lies outside the bounds.
+        CapacityError: the deltas do not fit into their memory.
     """
     tokenizer = load_tokenizer(model.tokenizer)
     user = read_vocabulary(tokenizer, read_generation_config(model.tokenizer))
     overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
-    lines = [_check(source, settings, user, overrides) for source in settings.deltas]
+    artifacts = [open_delta(source) for source in settings.deltas]
+    _check_memory(settings, artifacts, model)
+    lines = [_check(artifact, settings, user, overrides) for artifact in artifacts]
     reserved = pick_reserved_token(user, model.num_logits, _template_tokens(user, tokenizer, model.chat_template))
     return Checked(settings.model_copy(update={"reserved_token_id": reserved}), lines)
 
 
-def _check(source: DeltaSource, settings: EngineSettings, user: Vocabulary, overrides: Overrides | None) -> str:
-    artifact = open_delta(source)
+def _check_memory(settings: EngineSettings, artifacts: Sequence[DeltaArtifact], model: UserModel) -> None:
+    """Refuse now what the workers would refuse later; without a number of rows, at least one must fit."""
+    value_bytes = VALUE_BYTES[settings.delta_dtype] or (4 if model.on_cpu else 2)
+    plan_seqs(settings, artifacts, model.max_num_seqs or settings.max_delta_seqs or 1, value_bytes)
+
+
+def _check(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary, overrides: Overrides | None) -> str:
     low, high = settings.strength_bounds
     if not low <= artifact.strength <= high:
         raise ConfigError(
-            f"The delta {source.name!r} has the strength {artifact.strength:g}, outside {low:g} to {high:g}; "
-            f"give another with --delta {source.name}=PATH@STRENGTH or widen --strength-bounds."
+            f"The delta {artifact.name!r} has the strength {artifact.strength:g}, outside {low:g} to {high:g}; "
+            f"give another with --delta {artifact.name}=PATH@STRENGTH or widen --strength-bounds."
         )
     coverage = _coverage(artifact, settings, user, overrides)
     if coverage < settings.min_coverage and not settings.force_coverage:
         raise DeltaError(
-            f"The delta {source.name!r} knows only {coverage:.1%} of the model's ordinary tokens, less than "
+            f"The delta {artifact.name!r} knows only {coverage:.1%} of the model's ordinary tokens, less than "
             f"{settings.min_coverage:.0%}; use one with a closer vocabulary, or --force-coverage."
         )
     return (
-        f"delta {source.name}: version {artifact.version}, coverage {coverage:.1%}, strength {artifact.strength:g}, "
+        f"delta {artifact.name}: version {artifact.version}, coverage {coverage:.1%}, strength {artifact.strength:g}, "
         f"from {artifact.path}"
     )
 

@@ -177,12 +177,19 @@ def _user_model(arguments: argparse.Namespace, config: Any) -> UserModel:
     Raises:
         ConfigError: the engine would run without a tokenizer.
     """
+    from vllm.platforms import current_platform
     from vllm.transformers_utils.config import get_hf_text_config
 
     if arguments.skip_tokenizer_init:
         raise ConfigError("Deltas need the model's tokenizer; leave out --skip-tokenizer-init.")
     num_logits = int(get_hf_text_config(config).vocab_size)
-    return UserModel(arguments.tokenizer or arguments.model, num_logits, arguments.chat_template)
+    return UserModel(
+        tokenizer=arguments.tokenizer or arguments.model,
+        num_logits=num_logits,
+        chat_template=arguments.chat_template,
+        max_num_seqs=arguments.max_num_seqs,
+        on_cpu=current_platform.is_cpu(),
+    )
 
 
 def _plug_in(arguments: argparse.Namespace, settings: EngineSettings) -> None:

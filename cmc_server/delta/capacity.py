@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig
@@ -15,6 +15,8 @@ from cmc_server.errors import CapacityError, DeltaError
 BLOCK_SIZE = 32
 #: Context of a delta whose manifest and config give none.
 DEFAULT_CONTEXT = 2048
+#: Bytes per value of each setting of ``delta_dtype``; 0 depends on the device.
+VALUE_BYTES: Mapping[str, int] = {"auto": 0, "float32": 4, "bfloat16": 2}
 _GIB = 2**30
 
 

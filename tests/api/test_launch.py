@@ -64,6 +64,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--enable-auto-tool-choice"], "--tool-call-parser"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--map-overrides", "missing.json"], "missing.json"),
+        (["--delta-memory", "0.0001"], "--delta-memory is 0.0001 GiB"),
+        (["--delta-memory", "0.01", "--max-delta-seqs", "500", "--max-num-seqs", "500"], "rows fit"),
     ],
 )
 def test_refused_before_vllm_starts(model: Path, tiny_delta: Path, arguments: list[str], words: str) -> None:
