@@ -15,7 +15,7 @@ from cmc_server.api.preflight import UserModel, check_deltas, check_names
 from cmc_server.api.server import allowed_plugins, run_serve
 from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.manifest import DeltaManifest
-from cmc_server.errors import ConfigError, DeltaError, UserError
+from cmc_server.errors import CapacityError, ConfigError, DeltaError, UserError
 from cmc_server.vocab.surface import load_vocabulary
 
 
@@ -149,6 +149,18 @@ def test_a_strength_outside_the_bounds(tiny_tokenizer: Path, tmp_path: Path) -> 
     delta = make_delta(tmp_path / "delta", tiny_tokenizer, manifest=DeltaManifest(default_strength=5))
     with pytest.raises(ConfigError, match="outside -4 to 4"):
         check_deltas(settings_for(delta, tmp_path), UserModel(str(tiny_tokenizer), 400))
+
+
+def test_memory(tiny_delta: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    model = UserModel(str(tiny_tokenizer), 400, max_num_seqs=64)
+    check_deltas(settings_for(tiny_delta, tmp_path, delta_memory=0.002), model)  # some rows fit
+    for values in ({"delta_memory": 0.002, "max_delta_seqs": 64}, {"delta_memory": 1e-6}):
+        with pytest.raises(CapacityError, match="GiB"):
+            check_deltas(settings_for(tiny_delta, tmp_path, **values), model)
+    narrow = UserModel(str(tiny_tokenizer), 400, max_num_seqs=64, on_cpu=False)
+    check_deltas(settings_for(tiny_delta, tmp_path, delta_memory=0.006, max_delta_seqs=64), narrow)
+    with pytest.raises(CapacityError):
+        check_deltas(settings_for(tiny_delta, tmp_path, delta_memory=0.006, max_delta_seqs=64), model)
 
 
 def spoil(folder: Path, how: str) -> None:
