@@ -63,7 +63,6 @@ class Catalog:
 
     def __init__(self, settings: EngineSettings, served: ServedModels) -> None:
         self.served = served
-        self.encoded_base_ids = frozenset(base_id.encode() for base_id in served.base_ids)
         self.deltas = {source.name: _serve(open_delta(source)) for source in settings.deltas}
         self.offer = Offer(
             deltas={name: delta.offer for name, delta in self.deltas.items()},

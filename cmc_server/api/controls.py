@@ -6,8 +6,6 @@ body is left as it is.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,7 +24,6 @@ XARGS_FIELD: Final = "vllm_xargs"
 STEERED_ROUTES: Final = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _FLAG: Final = TypeAdapter(bool)
 _COUNT: Final = TypeAdapter(int)
-_MODEL_VALUE: Final = re.compile(rb'"model"\s*:\s*"([^"\\]*)"')
 
 
 #: Marks a field that a client left out; it may not send null.
@@ -142,19 +139,6 @@ def format_strength(strength: float) -> str:
 def format_deltas(deltas: Sequence[ChosenDelta]) -> str:
     """Value of the ``x-cmc-deltas`` header: ``name@strength#version``, comma-separated; ``none`` is the base model."""
     return ",".join(map(str, deltas)) or "none"
-
-
-def may_have_controls(body: bytes, base_ids: frozenset[bytes]) -> bool:
-    """A cheap look at the bytes: False only if the body certainly asks for nothing but a base model.
-
-    Args:
-        body: the request body as it arrived.
-        base_ids: the served ids of the user LLM, encoded.
-    """
-    if b"cmc" in body or b"\\u" in body or not json.detect_encoding(body).startswith("utf-8"):
-        return True
-    values = _MODEL_VALUE.findall(body)
-    return len(values) != body.count(b'"model"') or not base_ids.issuperset(values)
 
 
 def read_controls(body: Mapping[str, Any], route: str, offer: Offer) -> Controls | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from cmc_server.api.controls import (
     Offer,
     format_deltas,
     format_strength,
-    may_have_controls,
     read_controls,
     rewritten,
 )
@@ -224,65 +222,12 @@ def test_the_header() -> None:
     assert str(ChosenDelta("a", -0.125, "v")) == "a@-0.125#v"
 
 
-def encoded(body: Any, encoding: str = "utf-8", **options: Any) -> bytes:
-    return json.dumps(body, **options).encode(encoding)
-
-
-BASE_IDS = frozenset({b"base", b"alias"})
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"model": "base", "messages": [{"role": "user", "content": "hello"}]},
-        {"model": "alias", "tools": [{"parameters": {"model": "base"}}]},
-        {"prompt": "no model at all"},
-        {"model": "base", "prompt": 'a "model": "concise" in the text'},
-    ],
-)
-def test_base_bodies_are_not_even_parsed(body: Any) -> None:
-    assert not may_have_controls(encoded(body, ensure_ascii=False), BASE_IDS)
-    assert not may_have_controls(encoded(body, ensure_ascii=False, indent=2), BASE_IDS)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        encoded({"model": "concise"}),
-        encoded({"model": "base", "cmc": {}}),
-        encoded({"model": "base", "tools": [{"model": "concise"}]}),
-        encoded({"model": ["concise"]}),
-        encoded({"model": None}),
-        b'{"model": "base", "\\u0063mc": {}}',
-        b'{"mod\\u0065l": "concise"}',
-        b'{"model": "base", "model": "concise"}',
-        b'{"model" : "con\\u0063ise"}',
-        b'{"model": "base\\"", "a": 1}',
-        encoded({"cmc": {}}, "utf-16"),
-        encoded({"model": "concise"}, "utf-32-le"),
-        encoded({"model": "concise"}, "utf-16-be"),
-    ],
-)
-def test_anything_else_is_looked_at(body: bytes) -> None:
-    assert may_have_controls(body, BASE_IDS)
-
-
 keys = st.sampled_from(["model", "cmc", "vllm_xargs", "messages", "x"])
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.sampled_from(["base", "concise", "concise@0.5", "a", "cmc"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys | st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
-
-
-@patient
-@given(st.dictionaries(keys, json_values), st.booleans())
-def test_the_cheap_look_misses_nothing(body: dict[str, Any], ascii_only: bool) -> None:
-    text = json.dumps(body, ensure_ascii=ascii_only).encode()
-    if may_have_controls(text, BASE_IDS):
-        return
-    for route in (*STEERED_ROUTES, "/tokenize"):
-        assert read_controls(json.loads(text), route, OFFER) is None
 
 
 @patient

@@ -48,6 +48,14 @@ def test_base_requests_pass_byte_for_byte(client: TestClient, body: bytes) -> No
     assert answer.headers["x-cmc-deltas"] == "none"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-le"])
+@pytest.mark.parametrize(
+    "text", ['{"model": "ti\\u006ey"}', '{"model": "base", "c\\u006dc": {}}', '{"a": 1, "cmc": {}}']
+)
+def test_no_way_of_writing_hides_the_controls(client: TestClient, text: str, encoding: str) -> None:
+    assert client.post("/tokenize", content=text.encode(encoding)).status_code == 400
+
+
 @pytest.mark.parametrize("body", [b"not json", b"[1]", b"", b"\xff", b'{"cmc": ' + b"9" * 5000 + b"}"])
 def test_what_is_no_json_object_is_left_to_vllm(client: TestClient, body: bytes) -> None:
     answer = client.post("/v1/completions", content=body)

@@ -160,6 +160,12 @@ def test_openai_client(client: openai.OpenAI) -> None:
         return answer.choices[0].message.content or ""
 
     assert complete("tiny@1.5") == complete("smollm2", extra_body={"cmc": cmc(("tiny", 1.5))}) != complete("smollm2")
+    response = client.responses.create(model="tiny@0.5", input="Name three colors.", max_output_tokens=8)
+    assert response.model == "tiny@0.5"
+    chunks = list(client.completions.create(model="tiny", prompt="The colors are", max_tokens=4, stream=True))
+    assert {chunk.model for chunk in chunks} == {"tiny"}
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=QUESTION, max_tokens=2)  # type: ignore[arg-type]
+    assert raw.headers["x-cmc-deltas"].startswith("tiny@1#")
     ids = [model.id for model in client.models.list()]
     assert ids == ["smollm2", "alias", "tiny", "other", "broken"]
     assert client.models.retrieve("tiny@0.8").id == "tiny@0.8"
