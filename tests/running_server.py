@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -62,3 +64,29 @@ class RunningServer:
             raise
         finally:
             self.http.close()
+
+
+def text_of(answer: httpx.Response) -> str:
+    """The answer's text, on any route."""
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    if "choices" in body:
+        choice = body["choices"][0]
+        return str(choice["text"] if "text" in choice else choice["message"]["content"])
+    parts = body["content"] if "content" in body else body["output"][0]["content"]
+    return "".join(part["text"] for part in parts)
+
+
+def events_of(answer: httpx.Response) -> list[Any]:
+    """The JSON documents of a stream."""
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def new_text(event: dict[str, Any]) -> str:
+    """The text that a streamed event brings, on any route."""
+    if event.get("type") == "response.output_text.delta":
+        return str(event["delta"])
+    if event.get("type") == "content_block_delta":
+        return str(event["delta"]["text"])
+    return "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in event.get("choices", ()))

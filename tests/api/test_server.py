@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
-from running_server import API_KEY, RunningServer
+from running_server import API_KEY, RunningServer, events_of, new_text, text_of
 from safetensors.numpy import load_file, save_file
 from tiny_models import make_delta
 
@@ -83,24 +83,8 @@ def ask(server: RunningServer, route: str, model: str, **changes: Any) -> httpx.
     return server.http.post(route, json={**ASK[route], "model": model, **changes})
 
 
-def text_of(answer: httpx.Response) -> str:
-    """The answer's text, on any route."""
-    assert answer.status_code == 200, answer.text
-    body = answer.json()
-    if "choices" in body:
-        choice = body["choices"][0]
-        return str(choice["text"] if "text" in choice else choice["message"]["content"])
-    parts = body["content"] if "content" in body else body["output"][0]["content"]
-    return "".join(part["text"] for part in parts)
-
-
 def cmc(*deltas: tuple[str, float], **rest: Any) -> dict[str, Any]:
     return {"deltas": [{"name": name, "strength": strength} for name, strength in deltas], **rest}
-
-
-def events_of(answer: httpx.Response) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 @pytest.mark.parametrize("route", ASK)
@@ -132,15 +116,6 @@ def test_streams_say_the_same(server: RunningServer, route: str) -> None:
     assert models
     assert set(models) == {"tiny@1+other@0.5"}
     assert "".join(map(new_text, events)) == whole
-
-
-def new_text(event: dict[str, Any]) -> str:
-    """The text that a streamed event brings, on any route."""
-    if event.get("type") == "response.output_text.delta":
-        return str(event["delta"])
-    if event.get("type") == "content_block_delta":
-        return str(event["delta"]["text"])
-    return "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in event.get("choices", ()))
 
 
 def holders(event: dict[str, Any]) -> list[dict[str, Any]]:
