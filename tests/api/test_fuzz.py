@@ -89,5 +89,6 @@ def test_no_error_of_our_own(server: RunningServer, bodies: dict[str, st.SearchS
 
 def post(server: RunningServer, route: str, body: dict[str, Any]) -> int:
     """Send a body; any float and any text goes, as Python's JSON writes it."""
-    answer = server.http.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
-    return answer.status_code
+    # After an exception, the server closes a connection that the client would use again.
+    headers = {"content-type": "application/json", "connection": "close"}
+    return server.http.post(route, content=json.dumps(body), headers=headers).status_code
