@@ -75,6 +75,8 @@ def start_deltas(vllm_config: VllmConfig, device: torch.device, runner: Literal[
         model = vllm_config.model_config
         if model.skip_tokenizer_init:
             raise ConfigError("Deltas need the user LLM's tokenizer; start without --skip-tokenizer-init.")
+        if vllm_config.speculative_config is not None:
+            raise ConfigError("Speculative decoding is not supported with deltas; start without it.")
         user = load_vocabulary(str(model.tokenizer))
         artifacts = [open_delta(source) for source in settings.deltas]
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs

@@ -13,6 +13,7 @@ from tiny_tokenizers import FAMILIES
 from transformers import PreTrainedTokenizerBase
 
 from cmc_server.delta.spelling import DeltaInput, Speller, window_drop
+from cmc_server.vocab.pm_mined import MatchKind
 from cmc_server.vocab.surface import load_tokenizer, load_vocabulary, read_vocabulary
 from cmc_server.vocab.vocab_map import build_map
 
@@ -143,17 +144,21 @@ def test_a_long_answer_is_spelled_a_few_tokens_at_a_time(real: tuple[Speller, Pr
 
 
 def test_an_emoji_cut_in_the_middle(demo_models: Any) -> None:
-    """Half a character is spelled in byte tokens, and again as a whole once the other half is there."""
+    """Parts of a character are read as byte tokens until something has to be spelled; then it is spelled as a whole."""
     user, delta = load_vocabulary(str(demo_models.smollm2)), load_vocabulary(str(demo_models.gemma3))
-    speller = Speller(user, delta, build_map(user, delta), load_tokenizer(str(demo_models.gemma3)))
+    vocab_map = build_map(user, delta)
+    speller = Speller(user, delta, vocab_map, load_tokenizer(str(demo_models.gemma3)))
     user_ids = load_tokenizer(str(demo_models.smollm2))("😀", add_special_tokens=False)["input_ids"]
     assert len(user_ids) > 1
     delta_input = DeltaInput(speller, [])
-    delta_input.extend(user_ids[:1])
-    half = b"".join(speller.surface(user_id) for user_id in user_ids[:1])
-    assert delta_input.ids == [delta.byte_ids[byte] for byte in half]
-    assert delta_input.extend(user_ids[1:]) == 0
-    assert b"".join(delta.surfaces[delta_id] or b"" for delta_id in delta_input.ids) == "😀".encode()
+    read = b""
+    for user_id in user_ids:
+        delta_input.extend([user_id])
+        read += speller.surface(user_id)
+        assert delta_input.ids == [delta.byte_ids[byte] for byte in read]
+    inexact = next(at for at, kind in enumerate(vocab_map.match) if kind == MatchKind.PREFIX and user.surfaces[at])
+    assert delta_input.extend([inexact]) == 0
+    assert delta_input.ids[0] == delta.ids_by_content["😀"]
 
 
 def test_without_byte_tokens_half_a_character_is_held_back(speller: Callable[[str, str], Speller]) -> None:
