@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cmc_server.errors import ConfigError
 
@@ -23,23 +23,27 @@ def is_delta_name(text: str) -> bool:
     return re.fullmatch(NAME_PATTERN, text) is not None
 
 
-class _Frozen(BaseModel):
+def _checked_name(name: str) -> str:
+    if not is_delta_name(name):
+        raise ValueError(f"the delta name {name!r} must match {NAME_PATTERN}")
+    return name
+
+
+DeltaName = Annotated[str, AfterValidator(_checked_name)]
+
+
+class FrozenModel(BaseModel):
+    """Base of what is fixed once it is built: unknown keys and numbers that are not finite are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DeltaSource(_Frozen):
+class DeltaSource(FrozenModel):
     """Where a delta comes from and how strong it is unless a request says otherwise."""
 
-    name: str
+    name: DeltaName
     path: str
     strength: float | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if not is_delta_name(name):
-            raise ValueError(f"the delta name {name!r} must match {NAME_PATTERN}")
-        return name
 
     @classmethod
     def parse(cls, text: str) -> DeltaSource:
@@ -57,7 +61,7 @@ class DeltaSource(_Frozen):
         return build(cls, {"name": name, "path": path, "strength": strength})
 
 
-class EngineSettings(_Frozen):
+class EngineSettings(FrozenModel):
     """What the front door and every worker must agree on.
 
     Args:

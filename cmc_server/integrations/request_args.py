@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
-from cmc_server.config import NAME_PATTERN, Unmapped, first_problem, is_delta_name
+from cmc_server.config import DeltaName, FrozenModel, Unmapped, first_problem
 from cmc_server.errors import ControlsError
 
 #: The key in ``extra_args``. Clients may not send keys that begin with it.
@@ -20,11 +20,7 @@ EXTRA_ARGS_KEY = "cmc"
 MAX_DELTAS = 64
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ActiveDelta(_Frozen):
+class ActiveDelta(FrozenModel):
     """One delta of a request.
 
     Args:
@@ -34,20 +30,13 @@ class ActiveDelta(_Frozen):
         prompt_ids: the prompt in the delta's own tokens; None lets the worker spell the user LLM's prompt.
     """
 
-    name: str
+    name: DeltaName
     strength: float
     version: str | None = None
     prompt_ids: tuple[int, ...] | None = None
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if not is_delta_name(name):
-            raise ValueError(f"{name!r} must match {NAME_PATTERN}")
-        return name
 
-
-class RequestControls(_Frozen):
+class RequestControls(FrozenModel):
     """Which deltas steer a request, how strongly, and what happens to tokens outside their maps.
 
     Args:
