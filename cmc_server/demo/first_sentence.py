@@ -8,8 +8,36 @@ import re
 MIN_WORDS = 5
 #: A full stop after one of these ends no sentence. Lower case, without the last full stop.
 ABBREVIATIONS = frozenset(
-    ("mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "gen", "gov", "ph.d", "inc", "ltd", "co", "dept", "vs", "etc")
-    + ("e.g", "i.e", "no", "approx", "ca", "cf", "fig", "u.s", "u.k", "a.m", "p.m")
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "st",
+        "jr",
+        "sr",
+        "gen",
+        "gov",
+        "ph.d",
+        "inc",
+        "ltd",
+        "co",
+        "dept",
+        "vs",
+        "etc",
+        "e.g",
+        "i.e",
+        "no",
+        "approx",
+        "ca",
+        "cf",
+        "fig",
+        "u.s",
+        "u.k",
+        "a.m",
+        "p.m",
+    ]
 )
 
 _STOP = re.compile(r"(?P<mark>[.!?]+)[\"'”’)\]*_]*(?=\s|$)")

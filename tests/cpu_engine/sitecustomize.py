@@ -1,4 +1,4 @@
-"""Lets a CPU run what vLLM keeps for GPUs. Put this folder first on PYTHONPATH, so that every process of an engine has it.
+"""Lets a CPU run what vLLM keeps for GPUs. First on PYTHONPATH, this folder reaches every process of an engine.
 
 CMC_TEST_TRITON_INTERPRETER=1 makes Model Runner V2 possible: vLLM only asks for a Triton backend's name, and Triton's
 interpreter does the rest. CMC_TEST_ASYNC_SCHEDULING=1 leaves asynchronous scheduling on, which vLLM's CPU platform
