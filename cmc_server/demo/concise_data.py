@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,16 @@ if TYPE_CHECKING:
 
 DATA_FOLDER = Path(__file__).parent / "data" / "concise"
 SEED = 20261121
-#: Enough for a first sentence; answers that only serve as history or as a passage to read run on longer.
+#: Enough for a first sentence; answers that serve as history, as a passage to read or as reference run on longer.
 ANSWER_TOKENS = 64
 HISTORY_TOKENS = 128
 #: Longer first sentences are left out, so that brevity is learned from brief sentences only.
 MAX_WORDS = 40
+#: What is learned in the end: sentences of few words (lists have lines of their own), and few that begin alike, or a
+#: strong delta begins every answer in the same way.
+MAX_LEARNED_WORDS = 18
+MAX_SAME_OPENING = 4
+OPENING_WORDS = 3
 BATCH_TOKENS = 8192
 SYSTEM_SHARE = 0.15
 NUM_CHATS = 200
@@ -218,10 +224,15 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
     texts = _converse(answerer, chats)
     passages = passage_chats(texts, seed)
     _converse(answerer, passages)
-    records = [_record(chat.messages, chat.answer) for chat in [*chats, *passages] if chat.answer]
+    answered = [_record(chat.messages, chat.answer) for chat in [*chats, *passages] if chat.answer]
+    records = select(answered)
     held_out = book.held_out_chats()
-    references = [first_sentence(text, complete=complete) for text, complete in answerer(held_out)]
-    counts = {"drawn": len(chats) + len(passages), "train": len(records), "heldout": len(held_out)}
+    # Where nothing can be cut, the reference is the answer as far as it goes; a prompt is not dropped for its answer.
+    references = [
+        first_sentence(text, complete=complete) or text.strip() for text, complete in answerer(held_out, HISTORY_TOKENS)
+    ]
+    counts = {"drawn": len(chats) + len(passages), "answered": len(answered)}
+    counts |= {"train": len(records), "heldout": len(held_out)}
     _write(folder / "train.jsonl", records)
     _write(folder / "heldout.jsonl", [_record(*pair) for pair in zip(held_out, references, strict=True)])
     provenance = {
@@ -229,12 +240,26 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
         "model_source": _model_source(Path(model_path)),
         "made_by": "python -m cmc_server.demo.concise_data",
         "seed": seed,
-        "answer_tokens": {"last": ANSWER_TOKENS, "history": HISTORY_TOKENS},
+        "answer_tokens": {"train": ANSWER_TOKENS, "other": HISTORY_TOKENS},
         "counts": counts,
         "sha256": {name: _sha256(folder / name) for name in ("prompts.yaml", "train.jsonl", "heldout.jsonl")},
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
+
+
+def select(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records to learn from, in their order: brief answers, and of those that begin alike only the first few."""
+    openings: Counter[str] = Counter()
+    selected = []
+    for record in records:
+        answer: str = record["messages"][-1]["content"]
+        words = answer.split()
+        opening = " ".join(words[:OPENING_WORDS])
+        if (len(words) <= MAX_LEARNED_WORDS or "\n" in answer) and openings[opening] < MAX_SAME_OPENING:
+            selected.append(record)
+            openings[opening] += 1
+    return selected
 
 
 def _model_source(folder: Path) -> Any:
@@ -259,8 +284,8 @@ def _converse(answerer: Answerer, chats: Sequence[Chat]) -> list[str]:
     return [text for text in texts if text]
 
 
-def _record(messages: Sequence[Message], answer: str | None) -> dict[str, Any]:
-    return {"messages": [*messages, *([_message("assistant", answer)] if answer else [])]}
+def _record(messages: Sequence[Message], answer: str) -> dict[str, Any]:
+    return {"messages": [*messages, _message("assistant", answer)]}
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
