@@ -117,6 +117,8 @@ def answers_of_generate(args: argparse.Namespace) -> Iterator[Answer]:
     from cmc_server.integrations.transformers import DeltaLogitsProcessor
 
     model = AutoModelForCausalLM.from_pretrained(args.user, dtype=torch.float32).eval()
+    # The end token is an ordinary one here, as for vLLM with ignore_eos.
+    model.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(args.user)
     processors = {
         strength: DeltaLogitsProcessor(
@@ -128,7 +130,7 @@ def answers_of_generate(args: argparse.Namespace) -> Iterator[Answer]:
         ids = tokenizer(prompt, return_tensors="pt")
         extra = [] if strength is None else [processors[strength]]
         output = model.generate(
-            **ids, do_sample=False, min_new_tokens=args.tokens, max_new_tokens=args.tokens, logits_processor=extra
+            **ids, do_sample=False, max_new_tokens=args.tokens, logits_processor=extra, pad_token_id=0
         )
         if strength is not None:
             processors[strength].reset()
