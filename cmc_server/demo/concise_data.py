@@ -1,8 +1,8 @@
 """Make the data of the ``concise`` delta: SmolLM2's own greedy answers, cut after the first sentence.
 
 Run as ``python -m cmc_server.demo.concise_data --model FOLDER``. The prompts are in ``data/concise/prompts.yaml``; the
-results, ``train.jsonl`` and ``heldout.jsonl``, lie beside them: one object a line, with ``messages`` whose last one is
-the answer to learn. ``provenance.json`` says how they were made.
+results lie beside them: one object a line, with ``messages`` whose last one is the answer. ``answered.jsonl`` holds all
+of them, ``train.jsonl`` those to learn from, and ``provenance.json`` says how they were made.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cmc_server.delta.prompt import Message
 
 DATA_FOLDER = Path(__file__).parent / "data" / "concise"
+FILES = ("prompts.yaml", "answered.jsonl", "train.jsonl", "heldout.jsonl")
 SEED = 20261121
 #: Enough for a first sentence; answers that serve as history, as a passage to read or as reference run on longer.
 ANSWER_TOKENS = 64
@@ -233,6 +234,7 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
     ]
     counts = {"drawn": len(chats) + len(passages), "answered": len(answered)}
     counts |= {"train": len(records), "heldout": len(held_out)}
+    _write(folder / "answered.jsonl", answered)
     _write(folder / "train.jsonl", records)
     _write(folder / "heldout.jsonl", [_record(*pair) for pair in zip(held_out, references, strict=True)])
     provenance = {
@@ -242,7 +244,7 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
         "seed": seed,
         "answer_tokens": {"train": ANSWER_TOKENS, "other": HISTORY_TOKENS},
         "counts": counts,
-        "sha256": {name: _sha256(folder / name) for name in ("prompts.yaml", "train.jsonl", "heldout.jsonl")},
+        "sha256": {name: _sha256(folder / name) for name in FILES},
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance

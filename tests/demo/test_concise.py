@@ -14,7 +14,7 @@ import cmc_server
 from cmc_server.config import DeltaSource
 from cmc_server.delta.prompt import Message
 from cmc_server.delta.store import DeltaArtifact, open_delta
-from cmc_server.demo.concise_data import DATA_FOLDER, Answerer, Chat, PromptBook, draw_chats
+from cmc_server.demo.concise_data import DATA_FOLDER, Answerer, Chat, PromptBook, draw_chats, select
 from cmc_server.demo.first_sentence import first_sentence
 from cmc_server.training.data import file_hash, read_chats
 from cmc_server.training.recipes import read_recipe
@@ -60,6 +60,12 @@ def test_the_data_are_those_of_their_provenance() -> None:
     assert provenance["sha256"] == {name: file_hash(DATA_FOLDER / name) for name in provenance["sha256"]}
     assert provenance["counts"]["train"] == len(read_chats(DATA_FOLDER / "train.jsonl")) >= 400
     assert provenance["counts"]["heldout"] == len(read_chats(DATA_FOLDER / "heldout.jsonl")) == 60
+
+
+def test_the_selection_repeats() -> None:
+    answered = [{"messages": messages} for messages in read_chats(DATA_FOLDER / "answered.jsonl")]
+    selected = [record["messages"] for record in select(answered)]
+    assert selected == read_chats(DATA_FOLDER / "train.jsonl")
 
 
 def test_answers_are_first_sentences() -> None:
