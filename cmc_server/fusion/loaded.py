@@ -76,13 +76,18 @@ def load_delta(
         speller=Speller(user, delta, vocab_map, tokenizer),
         encoder=PromptEncoder(tokenizer, artifact.manifest),
         vocab_map=vocab_map,
-        delta_ids=map_tensor(vocab_map, device),
+        delta_ids=map_tensor(vocab_map, runner.vocab_size, device),
     )
 
 
-def map_tensor(vocab_map: VocabularyMap, device: torch.device) -> Tensor | None:
-    """The map as the rule takes it: int64, or None for the identity."""
-    return None if vocab_map.is_identity else torch.tensor(vocab_map.delta_ids, device=device, dtype=torch.int64)
+def map_tensor(vocab_map: VocabularyMap, num_delta_logits: int, device: torch.device) -> Tensor | None:
+    """The map as the rule takes it: int64, or None for the identity over every delta logit.
+
+    A delta whose logits are padded beyond its vocabulary keeps the explicit map, which leaves the padding out.
+    """
+    if vocab_map.is_identity and len(vocab_map.delta_ids) == num_delta_logits:
+        return None
+    return torch.tensor(vocab_map.delta_ids, device=device, dtype=torch.int64)
 
 
 def delta_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmc_server.config import Unmapped
+from cmc_server.fusion.loaded import map_tensor
 from cmc_server.fusion.rule import Shift, fuse, fuse_
+from cmc_server.vocab.pm_mined import MatchKind
+from cmc_server.vocab.vocab_map import VocabularyMap
 
 POLICIES: list[Unmapped] = ["zero", "preserve"]
 
@@ -89,3 +93,13 @@ def test_gradients_flow_to_the_delta() -> None:
     fuse(logits, [Shift(delta, torch.tensor([0, 1, 2, 3, -1, -1]), 1.0)])[:, 1].sum().backward()
     assert delta.grad is not None
     assert delta.grad[:, 1].tolist() == [1.0, 1.0]
+
+
+def test_padded_logits_of_a_delta_reach_no_user_token() -> None:
+    """The identity is short for the explicit map only where every delta logit belongs to a token."""
+    ids = np.arange(4, dtype=np.int32)
+    identity = VocabularyMap(ids, np.full(4, MatchKind.EXACT, np.uint8), "same", "same", 1, {})
+    assert map_tensor(identity, 4, torch.device("cpu")) is None
+    delta_ids = map_tensor(identity, 6, torch.device("cpu"))
+    shift = Shift(torch.ones(1, 6), delta_ids, 1.0)
+    assert fuse_(torch.zeros(1, 6), torch.tensor([0]), [shift]).tolist() == [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]
