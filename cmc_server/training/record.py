@@ -62,8 +62,9 @@ def build_manifest(
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 over the values of a recipe, comments and order left out."""
-    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    """SHA-256 over the values that a recipe sets: comments, order, and settings that came later make no difference."""
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def draw_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
