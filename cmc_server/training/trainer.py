@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cmc_server.errors import ConfigError
 from cmc_server.training.batches import Collator, TrainingSet
@@ -60,6 +60,7 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(_Progress)
+        self.add_callback(_Epochs(train))
         self._collator = collator
         self._objective: Objective = recipe.objective
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
@@ -162,6 +163,16 @@ def measure_losses(
     means = {term: total / counts[term] for term, total in sums.items()}
     means["loss"] = torch.stack([aim.weight(term) * mean for term, mean in means.items()]).sum(0)
     return {term: (round(float(both[0]), 4), round(float(both[1]), 4)) for term, both in means.items()}
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells the training set its epoch; the data loader of an epoch that is resumed midway does not."""
+
+    def __init__(self, train: TrainingSet) -> None:
+        self._train = train
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._train.set_epoch(int(state.epoch or 0))
 
 
 class _Progress(ProgressCallback):  # type: ignore[misc]

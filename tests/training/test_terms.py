@@ -23,7 +23,9 @@ from cmc_server.training.terms import (
 LN2, LN3 = math.log(2), math.log(3)
 
 
-def answers(template: Tensor, delta: Tensor, labels: list[int], rows: list[int], tuned: Tensor | None = None) -> Answers:
+def answers(
+    template: Tensor, delta: Tensor, labels: list[int], rows: list[int], tuned: Tensor | None = None
+) -> Answers:
     return Answers(template, delta, torch.tensor(labels), torch.tensor(rows), tuned)
 
 
