@@ -21,52 +21,57 @@ def working_folder(output: Path) -> Path:
 
 
 def last_checkpoint(folder: Path, run: str, *, restart: bool = False) -> Path | None:
-    """Open a working folder and find the checkpoint to go on from; broken ones are removed.
+    """The checkpoint to go on from.
 
     Args:
-        folder: as :func:`working_folder` gives it; created if missing.
+        folder: as :func:`working_folder` gives it, perhaps not there yet.
         run: hash of all that decides the result of the run.
-        restart: drop what is there.
+        restart: take none.
 
     Returns:
         The newest complete checkpoint of this run, or None.
 
     Raises:
-        ConfigError: the folder holds the checkpoints of another run, or cannot be written.
+        ConfigError: the folder holds the checkpoints of another run.
     """
-    if restart and folder.exists():
-        shutil.rmtree(folder)
-    marker = folder / _RUN_FILE
-    if _run_of(marker) not in (None, run):
+    found = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
+    if restart or not found:
+        return None
+    if _run_of(folder) != run:
         raise ConfigError(
             f"{folder} holds an unfinished run of another recipe, other data or another template; finish that run, "
             "give another --output, or drop it with --restart."
         )
+    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    sys.stderr.write(f"cmc-server: going on from {newest} (--restart would begin again)\n")
+    return newest
+
+
+def open_folder(folder: Path, run: str, checkpoint: Path | None) -> None:
+    """Make the folder ready for a run: of older checkpoints only the one that it goes on from stays.
+
+    Args:
+        folder: the working folder, created if missing.
+        run: as for :func:`last_checkpoint`.
+        checkpoint: what that returned.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"run": run}) + "\n", "utf-8")
+        for path in folder.glob("checkpoint-*"):
+            if path != checkpoint:
+                shutil.rmtree(path)
+        (folder / _RUN_FILE).write_text(json.dumps({"run": run}) + "\n", "utf-8")
     except OSError as error:
         raise ConfigError(f"The working folder {folder} cannot be written ({error}); give another --output.") from None
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [path for path in found if _is_complete(path)]
-    for path in found:
-        if path not in complete[-1:]:
-            shutil.rmtree(path)
-    if not complete:
-        return None
-    sys.stderr.write(f"cmc-server: going on from {complete[-1]} (--restart would begin again)\n")
-    return complete[-1]
 
 
-def _run_of(marker: Path) -> str | None:
+def _run_of(folder: Path) -> str | None:
     try:
-        return str(json.loads(marker.read_text("utf-8"))["run"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # not there, or killed before any checkpoint
+        return str(json.loads((folder / _RUN_FILE).read_text("utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

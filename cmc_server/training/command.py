@@ -70,7 +70,7 @@ def train_delta(
 
     from cmc_server.delta.prompt import PromptEncoder
     from cmc_server.training.batches import Collator
-    from cmc_server.training.checkpoints import last_checkpoint, working_folder
+    from cmc_server.training.checkpoints import last_checkpoint, open_folder, working_folder
     from cmc_server.training.curves import LOSS_CURVE, draw_losses
     from cmc_server.training.data import local_or_hub, read_records
     from cmc_server.training.examples import ExampleEncoder, training_set
@@ -93,7 +93,8 @@ def train_delta(
     tokenizer = templates[0].tokenizer
     llms = [*templates, *([] if tuned is None else [tuned])]
     work = working_folder(folder)
-    checkpoint = last_checkpoint(work, run_hash(recipe, records, llms), restart=restart)
+    run = run_hash(recipe, records, llms)
+    checkpoint = last_checkpoint(work, run, restart=restart)
 
     cache_folder = None if data.cache_folder is None else base / data.cache_folder
     encoder = ExampleEncoder(
@@ -114,6 +115,7 @@ def train_delta(
         delta = load_delta(local_or_hub(recipe.delta.start_from, base), tokenizer, data.max_length)
     student = Student(delta, vocabulary_size(tokenizer))
     collator = Collator(templates, tuned)
+    open_folder(work, run, checkpoint)
     trainer = DeltaTrainer(student, collator, recipe, sets["train"], sets.get("heldout"), work)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not trainer.is_world_process_zero():

@@ -62,7 +62,7 @@ def load_delta(path: str, tokenizer: PreTrainedTokenizerBase, max_positions: int
         raise ConfigError(
             f"The vocabulary of delta.start_from {path} ({len(own.get_vocab())} tokens) differs from that of the "
             f"template {tokenizer.name_or_path} ({len(tokenizer.get_vocab())} tokens); train beside a template with "
-            "the delta's vocabulary (served, the delta steers other LLMs through a map), or give a size instead of start_from."
+            "the delta's vocabulary (served, the delta steers other LLMs through a map), or give a size instead of it."
         )
     positions = getattr(delta.config, "max_position_embeddings", None)
     if positions is not None and positions < max_positions:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -202,6 +203,7 @@ def _arguments(recipe: Recipe, folder: str, *, evaluate: bool) -> TrainingArgume
             warmup_steps=settings.warmup_share,  # below 1 it is a share of the steps
             lr_scheduler_type=settings.lr_scheduler_type,
             max_grad_norm=settings.max_grad_norm,
+            use_cpu=PartialState().device.type == "cpu",  # said aloud, for bf16 on it
             bf16=settings.mixed_precision == "bf16",
             fp16=settings.mixed_precision == "fp16",
             seed=recipe.seed,

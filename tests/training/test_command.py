@@ -14,8 +14,8 @@ from cmc_server.config import DeltaSource
 from cmc_server.delta.store import open_delta
 from cmc_server.errors import ConfigError
 from cmc_server.training.command import run_train
-from cmc_server.training.data import file_hash
 from cmc_server.training.curves import LOSS_CURVE
+from cmc_server.training.data import file_hash
 from cmc_server.vocab.surface import load_vocabulary
 
 

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cmc_server.errors import ConfigError
-from cmc_server.training.checkpoints import last_checkpoint, working_folder
+from cmc_server.training.checkpoints import last_checkpoint, open_folder, working_folder
 from cmc_server.training.command import run_train
 
 
@@ -29,29 +29,34 @@ def checkpoint(folder: Path, step: int, state: str | None = "{}") -> Path:
     return path
 
 
-def test_the_newest_complete_checkpoint_is_found_and_broken_ones_go(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path, "a") is None
-    checkpoint(tmp_path, 8)
-    newest = checkpoint(tmp_path, 16)
-    checkpoint(tmp_path, 24, None)  # killed before the state was written
-    checkpoint(tmp_path, 32, '{"epoch": ')  # killed while it was written
-    assert last_checkpoint(tmp_path, "a") == newest
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-16"]
+def test_the_newest_complete_checkpoint_is_found_and_the_others_go(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    assert last_checkpoint(work, "a") is None
+    open_folder(work, "a", None)
+    checkpoint(work, 8)
+    newest = checkpoint(work, 16)
+    checkpoint(work, 24, None)  # killed before the state was written
+    checkpoint(work, 32, '{"epoch": ')  # killed while it was written
+    assert last_checkpoint(work, "a") == newest
+    open_folder(work, "a", newest)
+    assert list(work.glob("checkpoint-*")) == [newest]
 
 
 def test_another_run_is_refused_or_dropped(tmp_path: Path) -> None:
-    last_checkpoint(tmp_path, "a")
+    open_folder(tmp_path, "a", None)
+    assert last_checkpoint(tmp_path, "b") is None  # nothing is lost
     checkpoint(tmp_path, 8)
     with pytest.raises(ConfigError, match="--restart"):
         last_checkpoint(tmp_path, "b")
     assert last_checkpoint(tmp_path, "b", restart=True) is None
+    open_folder(tmp_path, "b", None)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_working_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(ConfigError, match="--output"):
-        last_checkpoint(tmp_path / "file" / "work", "a")
+        open_folder(tmp_path / "file" / "work", "a", None)
 
 
 def values_for(unlearning_values: dict[str, Any], cache: Path) -> dict[str, Any]:

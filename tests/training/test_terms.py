@@ -31,7 +31,7 @@ def answers(
 
 @pytest.fixture
 def two() -> Answers:
-    """Row 1: p = (1/4, 1/2, 1/4), q = (1/4, 1/4, 1/2) and label 1. Row 2: p = (1/3, 1/3, 1/3), q = (3/5, 1/5, 1/5), 0."""
+    """One token each: p = (1, 2, 1) / 4, q = (1, 1, 2) / 4, label 1; p = (1, 1, 1) / 3, q = (3, 1, 1) / 5, 0."""
     template = torch.tensor([[0.0, LN2, 0.0], [0.0, 0.0, 0.0]])
     delta = torch.tensor([[0.0, -LN2, LN2], [LN3, 0.0, 0.0]])
     return answers(template, delta, [1, 0], [0, 1])
