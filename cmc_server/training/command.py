@@ -40,7 +40,10 @@ def run_train(
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"Training needs {' and '.join(missing)}; run: pip install 'cmc-server[train]'.")
-    given = [template] if isinstance(template, str) else list(template or settings.templates)
+    from cmc_server.training.data import local_or_hub
+
+    own = [local_or_hub(path, recipe.parent) for path in settings.templates]
+    given = [template] if isinstance(template, str) else list(template or own)
     if len(given) != len(settings.templates):
         raise ConfigError(f"The recipe has {len(settings.templates)} templates; give --template for each, in order.")
     folder = output or recipe.parent / settings.output.folder
@@ -86,15 +89,22 @@ def train_delta(
         key: read_records(source, base, pairs=pairs and key in ("train", "heldout"))
         for key, source in data.sources.items()
     }
-    device = PartialState().device
-    templates = [FrozenTemplate.load(local_or_hub(path, base), device) for path in template_paths]
+    process = PartialState()
+    templates = [FrozenTemplate.load(path, process.device) for path in template_paths]
     tuned_path: str | None = getattr(objective, "tuned", None)
-    tuned = None if tuned_path is None else FrozenTemplate.load(local_or_hub(tuned_path, base), device)
+    tuned = None if tuned_path is None else FrozenTemplate.load(local_or_hub(tuned_path, base), process.device)
     tokenizer = templates[0].tokenizer
     llms = [*templates, *([] if tuned is None else [tuned])]
     work = working_folder(folder)
     run = run_hash(recipe, records, llms)
     checkpoint = last_checkpoint(work, run, restart=restart)
+
+    set_seed(recipe.seed)
+    if recipe.delta.start_from is None:
+        delta = new_delta(recipe.delta, tokenizer, data.max_length)
+    else:
+        delta = load_delta(local_or_hub(recipe.delta.start_from, base), tokenizer, data.max_length)
+    student = Student(delta, vocabulary_size(tokenizer))
 
     cache_folder = None if data.cache_folder is None else base / data.cache_folder
     encoder = ExampleEncoder(
@@ -107,18 +117,12 @@ def train_delta(
     sets = {"train": training_set(encoder, objective, recipe.main, records, recipe.seed)}
     if "heldout" in records:
         sets["heldout"] = training_set(encoder, objective, "train", {"train": records["heldout"]}, recipe.seed)
-
-    set_seed(recipe.seed)
-    if recipe.delta.start_from is None:
-        delta = new_delta(recipe.delta, tokenizer, data.max_length)
-    else:
-        delta = load_delta(local_or_hub(recipe.delta.start_from, base), tokenizer, data.max_length)
-    student = Student(delta, vocabulary_size(tokenizer))
     collator = Collator(templates, tuned)
-    open_folder(work, run, checkpoint)
+    if process.is_main_process:
+        open_folder(work, run, checkpoint)
     trainer = DeltaTrainer(student, collator, recipe, sets["train"], sets.get("heldout"), work)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if not trainer.is_world_process_zero():
+    if not process.is_main_process:
         return
 
     # What is measured is what is stored: the weights as rounded by the output type.

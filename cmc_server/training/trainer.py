@@ -54,7 +54,7 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(
             model=student,
-            args=_arguments(recipe, str(folder), evaluate=heldout is not None),
+            args=_arguments(recipe, len(train), str(folder), evaluate=heldout is not None),
             train_dataset=train,
             eval_dataset=heldout,
             data_collator=collator,
@@ -187,10 +187,12 @@ class _Progress(ProgressCallback):  # type: ignore[misc]
             self.training_bar.set_postfix(shown)
 
 
-def _arguments(recipe: Recipe, folder: str, *, evaluate: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, num_items: int, folder: str, *, evaluate: bool) -> TrainingArguments:
     settings, checkpoint = recipe.optimisation, recipe.checkpoint
     if settings.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("optimisation.mixed_precision: fp16 needs a GPU; choose bf16 or no.")
+    micro_batches = -(-num_items // (settings.batch_size * PartialState().num_processes))
+    steps = -(-micro_batches // settings.gradient_accumulation_steps) * settings.epochs
     try:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -200,7 +202,7 @@ def _arguments(recipe: Recipe, folder: str, *, evaluate: bool) -> TrainingArgume
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            warmup_steps=settings.warmup_share,  # below 1 it is a share of the steps
+            warmup_steps=round(settings.warmup_share * steps),
             lr_scheduler_type=settings.lr_scheduler_type,
             max_grad_norm=settings.max_grad_norm,
             use_cpu=PartialState().device.type == "cpu",  # said aloud, for bf16 on it

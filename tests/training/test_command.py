@@ -92,4 +92,4 @@ def test_template_and_output_can_be_given_on_the_command(
 
 def test_a_template_that_is_not_there_is_a_mistake_of_the_user(recipe_file: Path) -> None:
     with pytest.raises(ConfigError, match="--template"):
-        run_train(recipe_file, template="no/such-model-anywhere")
+        run_train(recipe_file, template="/no/such-model-anywhere")
