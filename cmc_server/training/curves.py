@@ -36,7 +36,8 @@ def draw_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in panels:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0), max(high, 0))
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     panels[-1].set_xlabel("epoch")
     figure.savefig(path, dpi=110)
 

@@ -100,7 +100,8 @@ class Student(nn.Module):
         output = self.delta.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)
         logits: Tensor = self.delta.get_output_embeddings()(hidden)
-        return logits[:, : self._vocab_size]
+        # Even a slice of everything costs a copy in the backward pass.
+        return logits if logits.shape[1] <= self._vocab_size else logits[:, : self._vocab_size]
 
 
 def _inputs(part: Mapping[str, Any]) -> dict[str, Tensor]:
