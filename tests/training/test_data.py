@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,12 @@ def test_provenance_of_a_file(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"messages": chat("rain")}])
     records = read_records(DataSource(file="data.jsonl"), tmp_path)
     assert records.provenance == {"file": "data.jsonl", "sha256": file_hash(path)}
+
+
+def test_without_the_library_a_dataset_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'cmc-server\[train\]'"):
+        read_records(DataSource(dataset="weather"), tmp_path)
 
 
 @pytest.mark.slow
