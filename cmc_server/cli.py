@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verb == "train":
         from cmc_server.training.command import run_train
 
-        return run_train(args.recipe, args.output, args.template)
+        return run_train(args.recipe, args.output, args.template, restart=args.restart)
     from cmc_server.delta.report import run_inspect
 
     return run_inspect(args.delta, args.user, args.json)
@@ -66,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a delta beside a frozen template LLM")
     train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
     train.add_argument("-o", "--output", type=Path, help="folder of the delta instead of the recipe's")
-    train.add_argument("--template", help="template LLM instead of the recipe's, such as a local copy of it")
+    train.add_argument(
+        "--template",
+        action="append",
+        help="template LLM instead of the recipe's, such as a local copy of it; once for each template of the recipe",
+    )
+    train.add_argument("--restart", action="store_true", help="begin again instead of going on with an unfinished run")
 
     inspect = verbs.add_parser("inspect", help="say what a delta is, and how well it fits a user LLM")
     inspect.add_argument("delta", metavar="DELTA", help="folder or hub id of the delta")
