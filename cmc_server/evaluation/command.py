@@ -174,10 +174,12 @@ def _texts(inputs: _Inputs) -> list[str]:
 def _write_alpaca(
     options: EvalOptions, suite: dict[str, Any], tasks: Sequence[Task], answers: Mapping[float, Sequence[str]]
 ) -> None:
-    names = "+".join(delta.name for delta in options.deltas)
+    first, others = options.deltas[:1], [f"+{delta.name}" for delta in options.deltas[1:]]
     for entry in suite["by_strength"]:
         strength = entry["strength"]
-        generator = f"{Path(options.user).name}{f'+{names}@{strength:g}' if names else ''}"
+        # At strength 0 the delta under study is not there.
+        studied = [f"+{delta.name}@{strength:g}" for delta in first if strength]
+        generator = "".join([Path(options.user).name, *studied, *others])
         file = f"alpaca_{re.sub('[^A-Za-z0-9.+@-]', '_', generator)}.json"
         records = alpaca_records(tasks, answers[strength], generator, options.prompts_file.stem)
         text = json.dumps(records, indent=1, ensure_ascii=False)

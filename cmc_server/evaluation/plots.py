@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ def plot_tofu(suite: Mapping[str, Any], path: Path) -> None:
     for axes, (metric, label) in zip(
         panels, (("probability", "mean probability of the answer"), ("rouge_l_recall", "ROUGE-L recall")), strict=False
     ):
-        for name, set_label in _SET_LABELS.items():
-            _curve(axes, entries, lambda entry, n=name, m=metric: entry["sets"][n]["summary"][m], set_label)
+        for index, (name, set_label) in enumerate(_SET_LABELS.items()):
+            intervals = [entry["sets"][name]["summary"][metric] for entry in entries]
+            _curve(axes, entries, intervals, set_label, dodge=index - 1.5)
         axes.set_ylabel(label)
         axes.set_ylim(-0.03, 1.03)
-    for kind in ("geometric", "arithmetic"):
-        _curve(panels[2], entries, lambda entry, k=kind: entry[f"model_utility_{k}"], f"{kind} truth ratio")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower left")
+    for index, kind in enumerate(("geometric", "arithmetic")):
+        intervals = [entry[f"model_utility_{kind}"] for entry in entries]
+        _curve(panels[2], entries, intervals, f"{kind} truth ratio", f"tab:{('purple', 'brown')[index]}", index - 0.5)
     panels[2].set_ylabel("model utility")
     panels[2].set_ylim(bottom=0)
-    for axes in panels[1:]:
-        axes.legend(fontsize=8)
+    figure.legend(*panels[2].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower right")
     _save(figure, path)
 
 
@@ -49,13 +51,13 @@ def plot_sweep(suite: Mapping[str, Any], path: Path) -> None:
     """Effect and harm over the strength, with the advised range as a band."""
     entries = sorted(suite["by_strength"], key=lambda entry: float(entry["strength"]))
     figure, (effect, loss) = _figure(2, "Effect against harm")
-    _curve(effect, entries, lambda entry: entry["effect"], None)
+    _curve(effect, entries, [entry["effect"] for entry in entries])
     effect.set_ylabel(
         {"target": "gain, nats per token", "forget": "fall of the probability"}.get(
             suite["effect"], "shortening, tokens"
         )
     )
-    _curve(loss, entries, lambda entry: entry["loss"], None, "tab:red")
+    _curve(loss, entries, [entry["loss"] for entry in entries], colour="tab:red")
     loss.axhline(suite["max_loss"], color="grey", linestyle="--", linewidth=1, label="bound")
     loss.set_ylabel("loss on neutral texts, nats per token")
     for axes in (effect, loss):
@@ -64,7 +66,8 @@ def plot_sweep(suite: Mapping[str, Any], path: Path) -> None:
             # A single strength gets a band that can be seen.
             width = 0.02 * max(1e-9, entries[-1]["strength"] - entries[0]["strength"])
             axes.axvspan(low - width, high + width, color="tab:green", alpha=0.15, label="advised")
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     _save(figure, path)
 
 
@@ -73,7 +76,7 @@ def plot_retained(suite: Mapping[str, Any], path: Path) -> None:
     entries = sorted(suite["by_strength"], key=lambda entry: float(entry["strength"]))
     figure, (axes,) = _figure(1, "Neutral texts")
     axes.axhline(0, color="grey", linewidth=1)
-    _curve(axes, entries, lambda entry: entry["change"], None, "tab:red")
+    _curve(axes, entries, [entry["change"] for entry in entries], colour="tab:red")
     axes.set_ylabel("change of NLL, nats per token")
     _save(figure, path)
 
@@ -82,7 +85,7 @@ def plot_alpaca(suite: Mapping[str, Any], path: Path) -> None:
     """Mean length of the answers over the strength."""
     entries = sorted(suite["by_strength"], key=lambda entry: float(entry["strength"]))
     figure, (axes,) = _figure(1, "Greedy answers")
-    _curve(axes, entries, lambda entry: entry["length"], None)
+    _curve(axes, entries, [entry["length"] for entry in entries])
     axes.axhline(suite["max_tokens"], color="grey", linestyle="--", linewidth=1, label="limit")
     axes.set_ylabel("mean length, tokens")
     axes.set_ylim(bottom=0)
@@ -136,14 +139,19 @@ def _figure(num_panels: int, title: str, width: float | None = None) -> tuple[An
 
 
 def _curve(
-    axes: Any, entries: Sequence[Mapping[str, Any]], pick: Any, label: str | None, colour: str | None = None
+    axes: Any,
+    entries: Sequence[Mapping[str, Any]],
+    intervals: Sequence[Mapping[str, float]],
+    label: str | None = None,
+    colour: str | None = None,
+    dodge: float = 0,
 ) -> None:
-    """One line with its intervals over the strength; ``pick`` takes an entry to mean, low and high."""
-    intervals = [pick(entry) for entry in entries]
-    strengths = [entry["strength"] for entry in entries]
+    """One line with its intervals over the strength; ``dodge`` moves it aside, so that intervals do not hide others."""
+    strengths = np.array([entry["strength"] for entry in entries], dtype=np.float64)
     means = np.array([interval["mean"] for interval in intervals])
     errors = np.abs([means - [one["low"] for one in intervals], [one["high"] for one in intervals] - means])
-    axes.errorbar(strengths, means, yerr=errors, label=label, marker="o", markersize=4, capsize=3, color=colour)
+    places = strengths + dodge * 0.012 * np.ptp(strengths)
+    axes.errorbar(places, means, yerr=errors, label=label, marker="o", markersize=4, capsize=3, color=colour)
     axes.set_xticks(strengths)
     axes.set_xlabel("strength")
 

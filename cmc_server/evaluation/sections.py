@@ -55,13 +55,13 @@ def _tofu(suite: Json, plot: Path | None) -> Section:
     )
     metrics = {
         "probability": "probability",
-        "rouge_l_recall": "ROUGE-L recall",
-        "score_truth_ratio_geometric": "truth score, geometric",
-        "score_truth_ratio_arithmetic": "truth score, arithmetic",
+        "rouge_l_recall": "ROUGE-L",
+        "score_truth_ratio_geometric": "truth, geometric",
+        "score_truth_ratio_arithmetic": "truth, arithmetic",
     }
     tables = [
         Table(
-            ["strength", *metrics.values(), "change of probability"],
+            ["strength", *metrics.values(), "change of P"],
             [
                 [
                     f"{entry['strength']:g}",
@@ -88,8 +88,8 @@ def _tofu(suite: Json, plot: Path | None) -> Section:
     ]
     words = (
         "Questions about invented authors, of which some should be forgotten and the others kept, and about real "
-        "authors and the world. Probability is that of the right answer per token (for real authors and world facts, its share "
-        "among the given answers). ROUGE-L recall is the share of the right answer's words, in order, in the greedy "
+        "authors and the world. Probability is that of the right answer per token (for real authors and world facts, "
+        "its share among the given answers). ROUGE-L is the share of the right answer's words, in order, in the greedy "
         "answer. The truth score says on kept sets how much likelier right answers are than wrong ones, and on the "
         "forget set how alike the two have become; it is given by the geometric and by the arithmetic mean over the "
         "wrong answers. Model utility is the harmonic mean of the nine figures of the kept sets. Forget quality is the "

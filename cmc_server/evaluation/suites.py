@@ -176,7 +176,7 @@ def effect_by_strength(
         base = scored[0.0]
         # The gain is a fall of the loss; the interval turns round with its sign.
         changes = {strength: losses.change(base, options.seed) for strength, losses in scored.items()}
-        return {strength: Interval(-one.mean, -one.high, -one.low) for strength, one in changes.items()}
+        return {strength: Interval(0.0 - one.mean, 0.0 - one.high, 0.0 - one.low) for strength, one in changes.items()}
     figures: dict[float, Sequence[float]] = {}
     for strength in options.measured_strengths:
         if effect == "forget":

@@ -21,7 +21,7 @@ UNLEARNING = frozenset({"grad_ascent", "grad_diff", "kl_retain", "npo", "idk", "
 #: Retained-ability loss that the advised range allows, in nats per token (perplexity times 1.11).
 MAX_LOSS = 0.1
 #: Share of the best effect that the advised range asks for.
-ENOUGH = 0.5
+_ENOUGH = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,18 @@ def advised_range(points: Sequence[SweepPoint], max_loss: float = MAX_LOSS) -> A
     best = max(harmless, key=lambda point: point.effect.mean)
     if best.effect.low <= 0:
         return Advice(None, "At no harmless strength does the interval of the effect lie above 0.")
-    good = [point.loss.mean <= max_loss and point.effect.mean >= ENOUGH * best.effect.mean for point in ordered]
+    good = [point.loss.mean <= max_loss and point.effect.mean >= _ENOUGH * best.effect.mean for point in ordered]
     first = last = ordered.index(best)
     while first > 0 and good[first - 1]:
         first -= 1
     while last + 1 < len(ordered) and good[last + 1]:
         last += 1
     low, high = ordered[first].strength, ordered[last].strength
+    where = f"From strength {low:g} to {high:g}" if low < high else f"Of the measured strengths only at {low:g}"
     return Advice(
         (low, high),
-        f"From {low:g} to {high:g} the effect is at least {ENOUGH:.0%} of its best, which is at {best.strength:g}, "
-        f"and neutral texts lose at most {max_loss:g} nats per token.",
+        f"{where} the effect is at least half of its best, which is at {best.strength:g}, and neutral texts lose at "
+        f"most {max_loss:g} nats per token.",
     )
 
 
