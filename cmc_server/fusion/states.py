@@ -1,0 +1,107 @@
+"""A causal LM in two halves, so that logits over large vocabularies never lie in memory all at once.
+
+The first half reads rows of tokens and gives last hidden states; the second gives the logits of as many states as the
+caller can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cmc_server.errors import ConfigError
+
+#: Tokens per forward pass, padding included; a single longer row still runs alone.
+MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to read.
+
+    Args:
+        ids: token ids, at least one.
+        positions: where states are wanted.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+
+
+class SplitModel:
+    """A frozen causal LM, split before its output head.
+
+    Args:
+        model: in eval mode, on its device.
+        name: what error messages call it.
+
+    Raises:
+        ConfigError: its logits are not what its head makes of its last hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.model = model
+        self._head = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self._factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.num_logits = int(self._head.weight.shape[0])
+        self.num_inputs = int(model.get_input_embeddings().weight.shape[0])
+        self._check(name)
+
+    @torch.inference_mode()
+    def states(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Last hidden states, batched by length and padded on the right, where causal attention never looks.
+
+        Args:
+            rows: sequences of any lengths.
+
+        Returns:
+            For each row [len(positions), H] in the model's type, on its device.
+        """
+        found: dict[int, Tensor] = {}
+        device = self.model.device
+        for batch in _batches([len(row.ids) for row in rows]):
+            longest = max(len(rows[index].ids) for index in batch)
+            ids = [[*rows[index].ids, *[0] * (longest - len(rows[index].ids))] for index in batch]
+            hidden = self.model.base_model(input_ids=torch.tensor(ids, device=device), use_cache=False)[0]
+            for place, index in enumerate(batch):
+                wanted = torch.tensor(rows[index].positions, dtype=torch.int64, device=device)
+                found[index] = hidden[place].index_select(0, wanted)
+        return [found[index] for index in range(len(rows))]
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """The output head: [N, H] to [N, V] float32, scaled and soft-capped as the model's config says."""
+        logits: Tensor = self._head(states).float()
+        if self._factor != 1.0:
+            logits = logits * self._factor
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    @torch.inference_mode()
+    def _check(self, name: str) -> None:
+        ids = [(7 * position + 1) % self.num_inputs for position in range(5)]
+        expected = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
+        actual = self.logits(self.states([Row(ids, range(len(ids)))])[0])
+        tolerance = 1e-4 if expected.dtype == torch.float32 else 0.05
+        if not torch.allclose(actual, expected.float(), rtol=tolerance, atol=tolerance):
+            raise ConfigError(
+                f"{name} ({self.model.config.model_type}) changes its logits behind the output head in a way that "
+                "scoring does not know; choose a model whose logits are at most scaled or soft-capped."
+            )
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of rows of similar length, longest first, at most ``MAX_TOKENS`` padded tokens a batch."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > MAX_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
