@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from cmc_server.config import Unmapped
 from cmc_server.delta.prompt import Message
+from cmc_server.fusion.encoding import Prompt
 
-Prompt = str | Sequence[int] | Sequence[Message]
 Continuation = str | Sequence[int]
 Pair = tuple[Prompt, Continuation]
 _Item = TypeVar("_Item")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cmc_server.config import DeltaSource
 from cmc_server.errors import ConfigError
@@ -68,7 +69,7 @@ class EvalOptions:
     limit: int | None = None
     max_tokens: int = 128
     batch_size: int = 32
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     seed: int = 0
 
