@@ -11,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cmc_server
 from cmc_server.delta.store import DeltaArtifact, open_delta
 from cmc_server.errors import ConfigError, UserError
-from cmc_server.evaluation.engine import Measurement, SteeredModel
+from cmc_server.evaluation.engine import Measurement
 from cmc_server.evaluation.options import EvalOptions
 from cmc_server.evaluation.plots import require_matplotlib
 from cmc_server.evaluation.prompts import NEUTRAL_TEXTS, Task, alpaca_records, read_tasks
@@ -22,6 +24,7 @@ from cmc_server.evaluation.report import render_report
 from cmc_server.evaluation.results import FORMAT_VERSION, RESULTS_JSON, read_forget_scores, write_results
 from cmc_server.evaluation.rouge import require_rouge
 from cmc_server.evaluation.sections import build_sections
+from cmc_server.evaluation.shift_run import shift_suite
 from cmc_server.evaluation.suites import (
     alpaca_suite,
     coverage_suite,
@@ -32,6 +35,7 @@ from cmc_server.evaluation.suites import (
 from cmc_server.evaluation.sweep import UNLEARNING, write_advised_range
 from cmc_server.evaluation.tofu import FORGET, SetScores
 from cmc_server.evaluation.tofu_data import TofuItem, read_tofu
+from cmc_server.fusion.scoring import FusedLM
 
 REPORT_HTML = "report.html"
 
@@ -66,9 +70,11 @@ def run_eval(options: EvalOptions, as_json: bool = False) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"The output folder {options.output} cannot be made: {error.strerror}.") from None
-    measurement = _measurement(options, inputs.artifacts)
+    deltas = {delta.name: delta.path for delta in options.deltas}
+    model = FusedLM.load(options.user, deltas, dtype=options.dtype, device=options.device)
+    measurement = _measurement(options, model, inputs.artifacts)
     results = _header(options, inputs.artifacts)
-    results["suites"] = _measure(options, inputs, measurement)
+    results["suites"] = _measure(options, inputs, measurement, model)
     try:
         _write(options, results)
     except OSError as error:
@@ -83,6 +89,7 @@ def run_eval(options: EvalOptions, as_json: bool = False) -> int:
 def _read(options: EvalOptions) -> _Inputs:
     """Every file but the models, so that a mistake costs seconds."""
     require_matplotlib()
+    _check_device(options.device)
     chosen = set(options.suites)
     artifacts = [open_delta(source) for source in options.deltas]
     effect = _effect(options, artifacts) if "sweep" in chosen else None
@@ -108,29 +115,20 @@ def _read(options: EvalOptions) -> _Inputs:
     )
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # the latter where torch was built without it
+        raise ConfigError(f"There is no device {device!r} here; choose another --device, such as cpu.") from None
+
+
 def _effect(options: EvalOptions, artifacts: Sequence[DeltaArtifact]) -> str:
     unlearned = artifacts[0].manifest.objective in UNLEARNING
     return options.effect or ("forget" if unlearned else "target")
 
 
-def load_model(options: EvalOptions) -> SteeredModel:
-    """The user LLM with its deltas, ready to be asked.
-
-    Raises:
-        UserError: a model cannot be loaded.
-    """
-    from cmc_server.fusion.scoring import FusedLM
-
-    deltas = {delta.name: delta.path for delta in options.deltas}
-    try:
-        return FusedLM.load(options.user, deltas, dtype=options.dtype, device=options.device)
-    except RuntimeError as error:  # torch says so where a device does not exist
-        raise ConfigError(f"The models cannot be loaded on {options.device}: {str(error).splitlines()[0]}") from None
-
-
-def _measurement(options: EvalOptions, artifacts: Sequence[DeltaArtifact]) -> Measurement:
-    model = load_model(options)
-    if getattr(model.tokenizer, "chat_template", None) is None:
+def _measurement(options: EvalOptions, model: FusedLM, artifacts: Sequence[DeltaArtifact]) -> Measurement:
+    if model.tokenizer.chat_template is None:
         raise ConfigError(
             f"The tokenizer of {options.user} has no chat template, which every question needs; add one to its folder."
         )
@@ -145,7 +143,7 @@ def _measurement(options: EvalOptions, artifacts: Sequence[DeltaArtifact]) -> Me
     return Measurement(model, strengths, "preserve" if preserve else "zero", options.batch_size)
 
 
-def _measure(options: EvalOptions, inputs: _Inputs, measurement: Measurement) -> dict[str, Any]:
+def _measure(options: EvalOptions, inputs: _Inputs, measurement: Measurement, model: FusedLM) -> dict[str, Any]:
     chosen = set(options.suites)
     suites: dict[str, Any] = {}
     if "tofu" in chosen:
@@ -162,6 +160,8 @@ def _measure(options: EvalOptions, inputs: _Inputs, measurement: Measurement) ->
     if "coverage" in chosen:
         folders = {artifact.name: str(artifact.path) for artifact in inputs.artifacts}
         suites["coverage"] = coverage_suite(options, folders, _texts(inputs))
+    if "shift" in chosen:
+        suites["shift"] = shift_suite(options, measurement, model, inputs.tasks)
     return suites
 
 

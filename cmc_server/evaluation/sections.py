@@ -192,23 +192,24 @@ def _coverage(suite: Json, plot: Path | None) -> Section:
 
 
 def _shift(suite: Json, plot: Path | None) -> Section:
-    entries = suite["by_strength"]
+    comparisons = suite["comparisons"]
     table = Table(
-        ["strength", "Sinkhorn divergence", "cosine per step", "L1 per step"],
+        ["compared with", "Sinkhorn divergence", "cosine per step", "L1 per step", "steps"],
         [
-            [f"{one['strength']:g}", *(interval(one[metric]) for metric in ("sinkhorn", "cosine", "l1"))]
-            for one in entries
+            [label, *(interval(one[metric]) for metric in ("sinkhorn", "cosine", "l1")), f"{one['num_steps']:,}"]
+            for label, one in comparisons.items()
         ],
     )
-    best = max(entries, key=lambda one: float(one["cosine"]["mean"]))
-    return Section(
-        "Logit shifts",
-        f"The mean cosine between the two shifts is highest at strength {best['strength']:g}: "
-        f"{interval(best['cosine'])}.",
-        suite["meaning"],
-        [table],
-        plot,
+    best = max(comparisons, key=lambda label: float(comparisons[label]["cosine"]["mean"]))
+    words = (
+        f"What fine-tuning changed in the logits of the user LLM ({suite['tuned']} minus the user LLM), compared with "
+        "what the delta adds, or with what fine-tuning changed in another model, at every step of the tuned model's "
+        f"greedy answers and for the {suite['top_tokens']} tokens that it scores highest there. The Sinkhorn "
+        "divergence compares all steps as two clouds of points, whatever their order, and is divided by the number of "
+        "tokens; cosine and L1 compare step by step."
     )
+    headline = f"The shifts point most alike for {best}, with a mean cosine of {interval(comparisons[best]['cosine'])}."
+    return Section("Logit shifts", headline, words, [table], plot)
 
 
 def interval(value: Json, digits: int = 3) -> str:
