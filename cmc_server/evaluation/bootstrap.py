@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+#: Draws in memory at once.
+_MAX_DRAWS = 4_000_000
 
 _Floats = NDArray[np.float64]
 
@@ -94,11 +96,18 @@ def bootstrap_statistic(
 
 
 def _resampled_means(group: _Floats, generator: np.random.Generator) -> _Floats:
-    """[RESAMPLES, c] means of draws with replacement, as weights times values."""
+    """[RESAMPLES, c] means of draws with replacement, as weights times values, in bounded pieces."""
     num_items = group.shape[0]
-    draws = generator.integers(num_items, size=(RESAMPLES, num_items))
-    draws += np.arange(RESAMPLES)[:, None] * num_items
-    weights = np.bincount(draws.ravel(), minlength=RESAMPLES * num_items).reshape(RESAMPLES, num_items)
+    size = max(1, _MAX_DRAWS // num_items)
+    pieces = [_piece(group, min(size, RESAMPLES - start), generator) for start in range(0, RESAMPLES, size)]
+    return np.concatenate(pieces)
+
+
+def _piece(group: _Floats, num_resamples: int, generator: np.random.Generator) -> _Floats:
+    num_items = group.shape[0]
+    draws = generator.integers(num_items, size=(num_resamples, num_items))
+    draws += np.arange(num_resamples)[:, None] * num_items
+    weights = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
     means: _Floats = weights @ group / num_items
     return means
 

@@ -135,6 +135,7 @@ def _retained(suite: Json, plot: Path | None) -> Section:
             for one in entries
         ],
     )
+    tables = [table, _most_hurt(suite)] if len(entries) > 1 else [table]
     headline = f"The perplexity of {len(suite['texts'])} neutral texts is {entries[0]['perplexity']['mean']:.2f}" + (
         " without the delta, and "
         + ", ".join(f"{one['perplexity']['mean']:.2f} at strength {one['strength']:g}" for one in entries[1:])
@@ -146,7 +147,24 @@ def _retained(suite: Json, plot: Path | None) -> Section:
         "How well the LLM predicts texts that the delta should leave alone. A change above 0 is ability lost; its "
         "interval is paired, text by text, and therefore narrower than those of the two figures."
     )
-    return Section("Retained ability", headline, words, [table], plot)
+    return Section("Retained ability", headline, words, tables, plot)
+
+
+def _most_hurt(suite: Json) -> Table:
+    """The texts whose NLL per token rises most at the highest strength."""
+    base, strongest = suite["by_strength"][0], max(suite["by_strength"], key=lambda one: float(one["strength"]))
+    rises = [
+        (after - before) / num_tokens
+        for before, after, num_tokens in zip(
+            base["items"]["total"], strongest["items"]["total"], strongest["items"]["num_tokens"], strict=True
+        )
+    ]
+    worst = sorted(range(len(rises)), key=lambda index: -rises[index])[:_NUM_SAMPLES]
+    return Table(
+        ["text", "change of NLL"],
+        [[suite["texts"][index], f"{rises[index]:.3f}"] for index in worst],
+        f"The texts that lose most at strength {strongest['strength']:g}",
+    )
 
 
 def _alpaca(suite: Json, plot: Path | None) -> Section:

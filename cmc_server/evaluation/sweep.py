@@ -77,11 +77,11 @@ def advised_range(points: Sequence[SweepPoint], max_loss: float = MAX_LOSS) -> A
     while last + 1 < len(ordered) and good[last + 1]:
         last += 1
     low, high = ordered[first].strength, ordered[last].strength
-    where = f"From strength {low:g} to {high:g}" if low < high else f"Of the measured strengths only at {low:g}"
+    where = f"{low:g} to {high:g}" if low < high else f"{low:g} alone"
     return Advice(
         (low, high),
-        f"{where} the effect is at least half of its best, which is at {best.strength:g}, and neutral texts lose at "
-        f"most {max_loss:g} nats per token.",
+        f"Advised strength: {where}. There the effect is at least half of the best that harms little (at "
+        f"{best.strength:g}), and neutral texts lose at most {max_loss:g} nats per token.",
     )
 
 

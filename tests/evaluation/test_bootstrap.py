@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cmc_server.evaluation import bootstrap
 from cmc_server.evaluation.bootstrap import (
     bootstrap_difference,
     bootstrap_mean,
@@ -61,3 +62,10 @@ def test_groups_are_resampled_on_their_own() -> None:
 def test_what_cannot_be_resampled(bad) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=r"at least one|equally many"):
         bad()
+
+
+def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=30)
+    whole = bootstrap_mean(values)
+    monkeypatch.setattr(bootstrap, "_MAX_DRAWS", 100_000)
+    assert bootstrap_mean(values) == whole

@@ -31,7 +31,7 @@ def test_half_of_the_best_effect_within_the_bound() -> None:
 def test_the_range_has_no_holes() -> None:
     sweep = points((0.5, 0.9, 0), (1, 0.1, 0), (1.5, 1, 0), (2, 0.8, 0.2), (3, 0.9, 0))
     assert advised_range(sweep).range == (1.5, 1.5)
-    assert "only at 1.5" in advised_range(sweep).reason
+    assert "1.5 alone" in advised_range(sweep).reason
 
 
 def test_no_range_without_an_effect_or_without_harmless_strengths() -> None:
