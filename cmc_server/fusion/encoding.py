@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from dataclasses import dataclass
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,8 +14,22 @@ from cmc_server.delta.prompt import Message, plain_messages
 from cmc_server.errors import ConfigError
 from cmc_server.vocab.surface import Vocabulary
 
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat that may end in the beginning of the answer.
+
+    Args:
+        messages: the turns.
+        continue_final_message: the last turn is the answer's beginning, and what follows goes on in it.
+    """
+
+    messages: Sequence[Message]
+    continue_final_message: bool = False
+
+
 #: A text, user token ids, or a chat.
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | Chat
 
 
 class UserEncoder:
@@ -44,12 +59,13 @@ class UserEncoder:
             ConfigError: the prompt is empty, has an id that the model does not know, or is a chat that the
                 tokenizer's template cannot render.
         """
-        if isinstance(prompt, str):
+        chat = as_chat(prompt)
+        if chat is not None:
+            ids = self._chat(chat)
+        elif isinstance(prompt, str):
             ids = self._text(prompt)
-        elif is_chat(prompt):
-            ids = self._chat(prompt)
         else:
-            ids = self._known(prompt)
+            ids = self._known(cast(Sequence[int], prompt))
         if not ids:
             raise ConfigError("The prompt has no tokens; give at least one, such as the tokenizer's bos.")
         return ids
@@ -76,15 +92,28 @@ class UserEncoder:
         ids: list[int] = self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
         return ids
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def render(self, chat: Chat) -> str:
+        """A chat in the tokenizer's chat template, up to the answer or the end of its beginning.
+
+        Raises:
+            ConfigError: there is no template, or it cannot render the chat.
+        """
         if self._tokenizer.chat_template is None:
             raise ConfigError("The user LLM's tokenizer has no chat template; give the prompt as text or token ids.")
-        chat = [dict(message) for message in plain_messages(messages)]
+        messages = [dict(message) for message in plain_messages(chat.messages)]
         try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+            )
         except Exception as error:  # templates raise whatever they like
             raise ConfigError(f"The user LLM's chat template cannot render this chat: {error}.") from None
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text
+
+    def _chat(self, chat: Chat) -> list[int]:
+        ids: list[int] = self._tokenizer(self.render(chat), add_special_tokens=False)["input_ids"]
         return ids
 
     def _known(self, ids: Sequence[Any]) -> list[int]:
@@ -95,6 +124,10 @@ class UserEncoder:
         return given
 
 
-def is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
-    """Whether a prompt is a chat; an empty list is a prompt of no tokens."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+def as_chat(prompt: Prompt) -> Chat | None:
+    """The chat that a prompt is, if it is one; an empty list is a prompt of no tokens."""
+    if isinstance(prompt, Chat):
+        return prompt
+    if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+        return Chat(cast(Sequence[Message], prompt))
+    return None

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from cmc_server.config import DeltaSource, EngineSettings, Unmapped
 from cmc_server.errors import ConfigError
 from cmc_server.fusion.controller import DeltaController
-from cmc_server.fusion.encoding import Prompt, UserEncoder
+from cmc_server.fusion.encoding import Chat, Prompt, UserEncoder
 from cmc_server.fusion.generation import ChosenDelta, GreedyRequest, decode_greedily
 from cmc_server.fusion.loaded import load_delta
 from cmc_server.fusion.rule import Shift, fuse
@@ -140,6 +140,10 @@ class FusedLM:
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """User token ids of a prompt, at least one; see :meth:`UserEncoder.prompt`."""
         return self._encoder.prompt(prompt)
+
+    def render(self, chat: Chat) -> str:
+        """A chat in the user LLM's template; see :meth:`UserEncoder.render`."""
+        return self._encoder.render(chat)
 
     def encode_continuation(self, continuation: str | Sequence[int]) -> list[int]:
         """User token ids of a continuation; see :meth:`UserEncoder.continuation`."""

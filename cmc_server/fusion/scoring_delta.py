@@ -14,7 +14,7 @@ from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.delta.runner import load_model
 from cmc_server.delta.spelling import Speller
 from cmc_server.delta.store import DeltaArtifact, open_delta
-from cmc_server.fusion.encoding import Prompt, is_chat
+from cmc_server.fusion.encoding import Prompt, as_chat
 from cmc_server.fusion.states import Row, SplitModel
 from cmc_server.fusion.stretches import Stretch, plan_stretches, windowed_inputs
 from cmc_server.vocab.surface import Vocabulary, read_generation_config, read_vocabulary
@@ -43,8 +43,9 @@ class ScoringDelta:
 
     def prompt_ids(self, prompt: Prompt, user_ids: Sequence[int]) -> list[int]:
         """The prompt as the delta reads it: a chat in its own template, anything else spelled behind its bos."""
-        if is_chat(prompt):
-            return self.encoder.encode_messages(prompt)
+        chat = as_chat(prompt)
+        if chat is not None:
+            return self.encoder.encode_messages(chat.messages, continue_final_message=chat.continue_final_message)
         return [*self.encoder.bos_ids, *self.speller.spell_prompt(user_ids)]
 
     def states(self, jobs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor]:

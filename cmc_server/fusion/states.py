@@ -17,6 +17,8 @@ from cmc_server.errors import ConfigError
 
 #: Tokens per forward pass, padding included; a single longer row still runs alone.
 MAX_TOKENS = 4096
+#: Rows shorter than this share of the longest one go into a batch of their own, which bounds what padding costs.
+_LEAST_FILLED = 0.75
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,11 @@ class SplitModel:
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, at most ``MAX_TOKENS`` padded tokens a batch."""
+    """Indices of rows of similar length, longest first, ``MAX_TOKENS`` padded tokens a batch at most."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > MAX_TOKENS:
+        longest = lengths[batch[0]] if batch else 0
+        if batch and ((len(batch) + 1) * longest > MAX_TOKENS or lengths[index] < _LEAST_FILLED * longest):
             yield batch
             batch = []
         batch.append(index)

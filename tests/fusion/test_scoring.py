@@ -11,12 +11,14 @@ import pytest
 import torch
 from steered import Steered
 from tiny_template import make_template
+from transformers import AutoTokenizer
 
 import cmc_server.demo
 from cmc_server.config import Unmapped
 from cmc_server.delta.prompt import Message
 from cmc_server.errors import ConfigError
 from cmc_server.fusion import scoring, states
+from cmc_server.fusion.encoding import Chat
 from cmc_server.fusion.reference import ReferenceFusedLM
 from cmc_server.fusion.scoring import FusedLM, Pair
 
@@ -150,6 +152,26 @@ def test_each_reads_a_chat_in_its_own_template(steered: Steered, tmp_path: Path)
     assert fused.generate([CHAT], strengths, max_tokens=6, stop_ids=[]) == [
         fused.tokenizer.decode(answer, skip_special_tokens=True)
     ]
+
+
+def test_the_beginning_of_an_answer(steered: Steered, tmp_path: Path) -> None:
+    user = make_template(tmp_path)
+    # A template that ends a turn behind its content, and so can be continued.
+    tokenizer = AutoTokenizer.from_pretrained(user)
+    tokenizer.chat_template = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(user)
+    fused, oracle = FusedLM.load(user, {"other": steered.deltas["other"]}), ReferenceFusedLM(user, steered.deltas)
+    chat = Chat([*CHAT, {"role": "assistant", "content": "It is"}], continue_final_message=True)
+    assert fused.render(chat) == "<s>What is rain?</s><s>It is"
+    prompt_ids = oracle.deltas["other"].encoder.encode_messages(chat.messages, continue_final_message=True)
+    expected, _ = by_oracle(
+        oracle,
+        fused.tokenizer("<s>What is rain?</s><s>It is", add_special_tokens=False)["input_ids"],
+        fused.encode_continuation(" rain."),
+        {"other": 1.0},
+        delta_prompts={"other": prompt_ids},
+    )
+    torch.testing.assert_close(fused.score(chat, " rain.", {"other": 1.0}), expected, **TOLERANCE)
 
 
 def test_a_chat_without_a_template(fused: FusedLM) -> None:
