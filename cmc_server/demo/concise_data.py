@@ -2,7 +2,8 @@
 
 Run as ``python -m cmc_server.demo.concise_data --model FOLDER``. The prompts are in ``data/concise/prompts.yaml``; the
 results lie beside them: one object a line, with ``messages`` whose last one is the answer. ``answered.jsonl`` holds all
-of them, ``train.jsonl`` those to learn from, and ``provenance.json`` says how they were made.
+of them, ``train.jsonl`` those to learn from, ``validation.jsonl`` some of the rest to choose settings by, and
+``provenance.json`` says how they were made.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from cmc_server.delta.prompt import Message
 
 DATA_FOLDER = Path(__file__).parent / "data" / "concise"
-FILES = ("prompts.yaml", "answered.jsonl", "train.jsonl", "heldout.jsonl")
+FILES = ("prompts.yaml", "answered.jsonl", "train.jsonl", "validation.jsonl", "heldout.jsonl")
 SEED = 20261121
 #: Enough for a first sentence; answers that serve as history, as a passage to read or as reference run on longer.
 ANSWER_TOKENS = 64
@@ -38,6 +39,9 @@ MAX_WORDS = 40
 MAX_LEARNED_WORDS = 18
 MAX_SAME_OPENING = 4
 OPENING_WORDS = 3
+#: Chats to choose settings by: few, and short, so that a look at them takes a minute.
+NUM_VALIDATION = 40
+MAX_VALIDATION_CHARACTERS = 1500
 BATCH_TOKENS = 8192
 SYSTEM_SHARE = 0.15
 NUM_CHATS = 200
@@ -205,7 +209,7 @@ class Answerer:
 
 
 def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> dict[str, Any]:
-    """Write ``train.jsonl``, ``heldout.jsonl`` and ``provenance.json`` into a folder.
+    """Write the data files and ``provenance.json`` into a folder.
 
     Args:
         model_path: folder or hub id of the template LLM.
@@ -233,9 +237,11 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
         first_sentence(text, complete=complete) or text.strip() for text, complete in answerer(held_out, HISTORY_TOKENS)
     ]
     counts = {"drawn": len(chats) + len(passages), "answered": len(answered)}
-    counts |= {"train": len(records), "heldout": len(held_out)}
+    unseen = validation(answered, records)
+    counts |= {"train": len(records), "heldout": len(held_out), "validation": len(unseen)}
     _write(folder / "answered.jsonl", answered)
     _write(folder / "train.jsonl", records)
+    _write(folder / "validation.jsonl", unseen)
     _write(folder / "heldout.jsonl", [_record(*pair) for pair in zip(held_out, references, strict=True)])
     provenance = {
         "answers_of": "SmolLM2-135M-Instruct (greedy, bfloat16)",
@@ -262,6 +268,19 @@ def select(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             selected.append(record)
             openings[opening] += 1
     return selected
+
+
+def validation(answered: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some of the records whose question no training record asks last: unseen, though of the same forms."""
+    asked = {record["messages"][-2]["content"] for record in train}
+    rest = [
+        record
+        for record in answered
+        if record["messages"][-2]["content"] not in asked
+        and sum(len(message["content"]) for message in record["messages"]) < MAX_VALIDATION_CHARACTERS
+    ]
+    random.Random(0).shuffle(rest)  # noqa: S311 - a reproducible draw, no secret
+    return rest[:NUM_VALIDATION]
 
 
 def _model_source(folder: Path) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +70,8 @@ def summarise_sweep(answers: Mapping[float, Sequence[Answer]]) -> list[StrengthR
 
 
 def falls_steadily(results: Sequence[StrengthResult]) -> bool:
-    """Whether the mean length falls from each strength to the next."""
-    means = [result.length.mean for result in results]
-    return all(later < earlier for earlier, later in pairwise(means))
+    """Whether answers grow shorter from each strength to the next, beyond what chance explains."""
+    return all(result.change.high < 0 for result in results if result.change is not None)
 
 
 def markdown_table(sweeps: Mapping[str, Sequence[StrengthResult]]) -> str:

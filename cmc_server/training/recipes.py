@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -39,6 +39,26 @@ class DeltaSize(_Strict):
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError("hidden_size must be a multiple of 2 * num_heads")
         return self
+
+
+class ObjectiveSettings(_Strict):
+    """What is minimised. A recipe may give the name alone.
+
+    Args:
+        name: a key of :data:`cmc_server.training.objectives.OBJECTIVES`.
+        template_weight: pull towards the template LLM's own distribution, see
+            :func:`~cmc_server.training.objectives.instruction_tuning`.
+    """
+
+    name: str = "instruction_tuning"
+    template_weight: float = Field(default=0.0, ge=0, lt=1)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in OBJECTIVES:
+            raise ValueError(f"there is no objective {name!r}; there are {', '.join(OBJECTIVES)}")
+        return name
 
 
 class TrainingData(_Strict):
@@ -101,7 +121,7 @@ class Recipe(_Strict):
         template: the frozen template LLM, a hub id or a folder; ``--template`` wins.
         delta: shape of the delta.
         data: what to learn.
-        objective: how, a key of :data:`cmc_server.training.objectives.OBJECTIVES`.
+        objective: how.
         optimisation: how fast and how long.
         seed: of the weights and of the order of the data.
         output: what is written.
@@ -113,7 +133,7 @@ class Recipe(_Strict):
     template: str
     delta: DeltaSize = DeltaSize()
     data: TrainingData
-    objective: str = "instruction_tuning"
+    objective: ObjectiveSettings = ObjectiveSettings()
     optimisation: Optimisation = Optimisation()
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: Output
@@ -125,12 +145,10 @@ class Recipe(_Strict):
             raise ValueError(f"{name!r} cannot name a delta")
         return name
 
-    @field_validator("objective")
+    @field_validator("objective", mode="before")
     @classmethod
-    def _check_objective(cls, objective: str) -> str:
-        if objective not in OBJECTIVES:
-            raise ValueError(f"there is no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
-        return objective
+    def _read_objective(cls, objective: Any) -> Any:
+        return {"name": objective} if isinstance(objective, str) else objective
 
 
 def read_recipe(path: Path) -> Recipe:

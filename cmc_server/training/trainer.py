@@ -53,12 +53,15 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(ProgressCallback)
         self.add_callback(_Progress)
         self._template = template
-        self._objective = OBJECTIVES[recipe.objective]
+        self._objective = OBJECTIVES[recipe.objective.name]
+        self._template_weight = recipe.objective.template_weight
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """The objective on one batch of :func:`~cmc_server.training.data.collate`."""
         delta_logits = model(inputs["input_ids"], inputs["attention_mask"], inputs["positions"])
-        loss = self._objective(self._template.logits(inputs["hidden"]), delta_logits, inputs["labels"])
+        loss = self._objective(
+            self._template.logits(inputs["hidden"]), delta_logits, inputs["labels"], self._template_weight
+        )
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(
@@ -73,14 +76,17 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
 def measure_losses(
     student: Student, template: FrozenTemplate, recipe: Recipe, examples: Sequence[Example]
 ) -> tuple[float, float]:
-    """Mean objective per response token, with the delta and without it, rounded for the record."""
-    objective = OBJECTIVES[recipe.objective]
+    """Mean objective per response token, with the delta and without it, rounded for the record.
+
+    The pull towards the template is left out: it belongs to the way, not to the aim.
+    """
+    objective = OBJECTIVES[recipe.objective.name]
     sums, count = torch.zeros(2), 0
     for example in examples:
         batch = {name: tensor.to(template.model.device) for name, tensor in collate([example]).items()}
         logits = template.logits(batch["hidden"])
         delta_logits = student(batch["input_ids"], batch["attention_mask"], batch["positions"])
-        pair = [objective(logits, some, batch["labels"]).cpu() for some in (delta_logits, delta_logits * 0)]
+        pair = [objective(logits, some, batch["labels"], 0.0).cpu() for some in (delta_logits, delta_logits * 0)]
         sums += torch.stack(pair) * len(example.labels)
         count += len(example.labels)
     steered, base = (sums / count).tolist()

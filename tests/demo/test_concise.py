@@ -14,7 +14,7 @@ import cmc_server
 from cmc_server.config import DeltaSource
 from cmc_server.delta.prompt import Message
 from cmc_server.delta.store import DeltaArtifact, open_delta
-from cmc_server.demo.concise_data import DATA_FOLDER, Answerer, Chat, PromptBook, draw_chats, select
+from cmc_server.demo.concise_data import DATA_FOLDER, Answerer, Chat, PromptBook, draw_chats, select, validation
 from cmc_server.demo.first_sentence import first_sentence
 from cmc_server.training.data import file_hash, read_chats
 from cmc_server.training.recipes import read_recipe
@@ -66,6 +66,16 @@ def test_the_selection_repeats() -> None:
     answered = [{"messages": messages} for messages in read_chats(DATA_FOLDER / "answered.jsonl")]
     selected = [record["messages"] for record in select(answered)]
     assert selected == read_chats(DATA_FOLDER / "train.jsonl")
+
+
+def test_validation_prompts_are_not_trained_on() -> None:
+    answered, train = (
+        [{"messages": messages} for messages in read_chats(DATA_FOLDER / name)]
+        for name in ("answered.jsonl", "train.jsonl")
+    )
+    chosen = [record["messages"] for record in validation(answered, train)]
+    assert chosen == read_chats(DATA_FOLDER / "validation.jsonl") and len(chosen) == 40
+    assert not {chat[-2]["content"] for chat in chosen} & {record["messages"][-2]["content"] for record in train}
 
 
 def test_answers_are_first_sentences() -> None:

@@ -51,10 +51,12 @@ def test_no_values() -> None:
         bootstrap_mean([])
 
 
-def test_steady_means_falling_at_every_step() -> None:
-    assert falls_steadily(summarise_sweep(SWEEP))
-    level = {0.0: answers([3, 3]), 1.0: answers([2, 4])}
-    assert not falls_steadily(summarise_sweep(level))
+def test_steady_means_falling_at_every_step_beyond_chance() -> None:
+    falling = {0.0: answers([8, 9, 10]), 0.5: answers([5, 7, 6]), 1.0: answers([2, 3, 4])}
+    assert falls_steadily(summarise_sweep(falling))
+    # The mean falls from 3 to 2.5, but of the four answers one grew.
+    doubtful = {0.0: answers([3, 3, 3, 3]), 1.0: answers([2, 2, 2, 4])}
+    assert not falls_steadily(summarise_sweep(doubtful))
 
 
 def test_table_and_picture(tmp_path: Path) -> None:

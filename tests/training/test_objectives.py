@@ -30,3 +30,11 @@ def test_gradient_is_steered_probability_minus_label() -> None:
     instruction_tuning(template, delta, labels).backward()
     expected = ((template + delta.detach()).softmax(-1) - torch.nn.functional.one_hot(labels, 9)) / 4
     torch.testing.assert_close(delta.grad, expected)
+
+
+def test_pull_towards_the_template_by_hand() -> None:
+    # p = (1/2, 1/2), q = (3/4, 1/4), label 0, a = 0.25: 0.75 * -ln(3/4) + 0.25 * -(ln(3/4) + ln(1/4)) / 2.
+    delta = torch.tensor([[math.log(3), 0.0]])
+    loss = instruction_tuning(torch.zeros(1, 2), delta, torch.tensor([0]), 0.25)
+    expected = -0.75 * math.log(3 / 4) - 0.25 * (math.log(3 / 4) + math.log(1 / 4)) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-6)

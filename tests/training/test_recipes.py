@@ -54,6 +54,6 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_defaults(recipe_file: Path) -> None:
     recipe = read_recipe(recipe_file)
-    assert recipe.objective == "instruction_tuning"
+    assert recipe.objective.name == "instruction_tuning" and recipe.objective.template_weight == 0
     assert recipe.output.default_strength == 1.0
     assert recipe.optimisation.weight_decay == 0.0
