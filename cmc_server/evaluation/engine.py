@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from cmc_server.config import Unmapped
 from cmc_server.delta.prompt import Message
-from cmc_server.fusion.encoding import Prompt
 
+#: What evaluation asks with: plain text, user token ids, or a chat.
+Prompt = str | Sequence[int] | Sequence[Message]
 Continuation = str | Sequence[int]
 Pair = tuple[Prompt, Continuation]
 _Item = TypeVar("_Item")
