@@ -179,7 +179,7 @@ def _write_alpaca(
         strength = entry["strength"]
         # At strength 0 the delta under study is not there.
         studied = [f"+{delta.name}@{strength:g}" for delta in first if strength]
-        generator = "".join([Path(options.user).name, *studied, *others])
+        generator = "".join([_short_name(options.user), *studied, *others])
         file = f"alpaca_{re.sub('[^A-Za-z0-9.+@-]', '_', generator)}.json"
         records = alpaca_records(tasks, answers[strength], generator, options.prompts_file.stem)
         text = json.dumps(records, indent=1, ensure_ascii=False)
@@ -222,12 +222,18 @@ def _write(options: EvalOptions, results: dict[str, Any]) -> None:
         ("Data", limit),
         ("Computed in", f"{options.dtype}, greedy decoding, cmc-server {cmc_server.__version__}"),
     ]
-    title = f"{studied} on {Path(options.user).name}" if studied else f"{Path(options.user).name}, no delta"
+    user = _short_name(options.user)
+    title = f"{studied} on {user}" if studied else f"{user}, no delta"
     report = render_report(title, facts, sections)
     (options.output / REPORT_HTML).write_text(report, encoding="utf-8")
     write_results(results, options.output)
     if options.write_manifest:
         _write_manifest(options, results["suites"]["sweep"])
+
+
+def _short_name(user: str) -> str:
+    """The last part of a folder or hub id, such as for ``.`` too."""
+    return Path(user).name or Path(user).resolve().name
 
 
 def _write_manifest(options: EvalOptions, sweep: Mapping[str, Any]) -> None:

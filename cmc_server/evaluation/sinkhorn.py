@@ -59,7 +59,7 @@ def _transport_cost(x: Tensor, y: Tensor, blur: float) -> float:
     cost = 0.5 * torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") ** 2
     target = blur**2
     log_a, log_b = -math.log(x.shape[0]), -math.log(y.shape[0])
-    f, g = torch.zeros(x.shape[0], dtype=torch.float64), torch.zeros(y.shape[0], dtype=torch.float64)
+    f, g = x.new_zeros(x.shape[0]), y.new_zeros(y.shape[0])
     eps = max(2 * float(cost.max()), target)
     while True:
         num_sweeps, tolerance = (_SWEEPS, _COARSE_TOLERANCE) if eps > target else (_MAX_SWEEPS, _TOLERANCE)
