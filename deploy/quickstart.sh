@@ -107,13 +107,13 @@ The server runs on $url (log: $log). Next:
 
   curl $url/v1/chat/completions -H 'Content-Type: application/json' -d '{
     "model": "smollm2", "temperature": 0, "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-    "cmc": {"deltas": [{"name": "concise", "strength": 0.8}]}}'
+    "cmc": {"deltas": [{"name": "concise", "strength": 1.2}]}}'
 
   $python - <<'PYTHON'
 from openai import OpenAI
 client = OpenAI(base_url="$url/v1", api_key="none")
 question = [{"role": "user", "content": "Why is the sky blue?"}]
-steering = {"cmc": {"deltas": [{"name": "concise", "strength": 0.8}]}}
+steering = {"cmc": {"deltas": [{"name": "concise", "strength": 1.2}]}}
 answer = client.chat.completions.create(model="smollm2", messages=question, extra_body=steering)
 print(answer.choices[0].message.content)
 PYTHON
