@@ -179,6 +179,16 @@ def test_a_chat_without_a_template(fused: FusedLM) -> None:
         fused.score(CHAT, "x", {})
 
 
+def test_bfloat16(steered: Steered, fused: FusedLM) -> None:
+    """Everything runs in the type asked for; the scores stay float32 and near those of float32."""
+    low = FusedLM.load(steered.user, {"other": steered.deltas["other"]}, dtype="bfloat16")
+    scores = low.score("The quick", TEXTS[0], {"other": 0.5}, unmapped="preserve")
+    assert scores.dtype == torch.float32
+    exact = fused.score("The quick", TEXTS[0], {"other": 0.5}, unmapped="preserve")
+    assert float((scores - exact).abs().mean()) < 0.2
+    assert low.generate(["The quick"], {"other": 0.5}, max_tokens=3, stop_ids=[]) != [""]
+
+
 class TestGenerate:
     """Batched greedy decoding; every token is the oracle's best."""
 
