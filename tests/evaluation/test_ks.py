@@ -38,6 +38,16 @@ def test_every_order_counted(n: int, m: int) -> None:
         assert result.p_value == pytest.approx(p_value(n, m, result.statistic))
 
 
+def test_against_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    for n, m in ((3, 5), (40, 40), (40, 57), (300, 200)):
+        first, second = generator.normal(size=n), generator.normal(0.4, size=m)
+        expected = stats.ks_2samp(first, second, method="exact")
+        result = ks_test(first, second)
+        assert (result.statistic, result.p_value) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-6)
+
+
 def test_by_hand() -> None:
     assert ks_test([1, 2, 3], [4, 5, 6]).statistic == 1
     assert ks_test([1, 2, 3], [4, 5, 6]).p_value == pytest.approx(2 / 20)  # two of the C(6, 3) orders
