@@ -41,9 +41,25 @@ def _run(args: argparse.Namespace) -> int:
         from cmc_server.training.command import run_train
 
         return run_train(args.recipe, args.output, args.template, restart=args.restart)
+    if args.verb == "eval":
+        return _eval(args)
     from cmc_server.delta.report import run_inspect
 
     return run_inspect(args.delta, args.user, args.json)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from cmc_server.config import DeltaSource
+    from cmc_server.evaluation.command import run_eval
+    from cmc_server.evaluation.options import EvalOptions
+
+    # What was not given is left to the defaults of the settings.
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("verb", "json")}
+    given["deltas"] = tuple(DeltaSource.parse(text) for text in args.deltas or ())
+    for name in ("suites", "strengths", "other"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return run_eval(EvalOptions(**given), args.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,8 +89,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--restart", action="store_true", help="begin again instead of going on with an unfinished run")
 
+    _add_eval(verbs.add_parser("eval", help="measure what a delta does to a user LLM, and write a report"))
+
     inspect = verbs.add_parser("inspect", help="say what a delta is, and how well it fits a user LLM")
     inspect.add_argument("delta", metavar="DELTA", help="folder or hub id of the delta")
     inspect.add_argument("--user", metavar="MODEL", help="folder or hub id of a user LLM")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("user", metavar="USER", help="folder or hub id of the user LLM")
+    parser.add_argument(
+        "--delta",
+        action="append",
+        dest="deltas",
+        metavar="NAME=PATH[@S]",
+        help="a delta; the first one is under study, others keep their strength; none measures the bare LLM",
+    )
+    parser.add_argument(
+        "--suite",
+        action="extend",
+        nargs="+",
+        dest="suites",
+        metavar="SUITE",
+        help="tofu, sweep, retained, alpaca, coverage, shift (retained, alpaca and coverage)",
+    )
+    parser.add_argument("--strengths", nargs="+", type=float, metavar="S", help="of the first delta (0 0.5 1 1.5)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts for alpaca, sweep and shift")
+    parser.add_argument("--tofu", type=Path, metavar="FOLDER", help="TOFU's own files instead of the packaged part")
+    parser.add_argument("--forget", metavar="SPLIT", help="forget01, forget05 or forget10 (forget01)")
+    parser.add_argument(
+        "--retain-only", type=Path, metavar="RESULTS.json", help="results of a retain-only model, for forget quality"
+    )
+    parser.add_argument("--effect", metavar="EFFECT", help="what the sweep measures: target, forget or length")
+    parser.add_argument("--max-loss", type=float, help="harm that the advised range allows, nats per token (0.1)")
+    parser.add_argument(
+        "--write-manifest", action="store_true", default=None, help="write the advised range into the delta's manifest"
+    )
+    parser.add_argument("--tuned", metavar="MODEL", help="fine-tuned copy of USER, for shift")
+    parser.add_argument(
+        "--other", nargs=2, metavar=("BASE", "TUNED"), help="for shift: compare with these instead of with the delta"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for everything written (cmc-eval)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions, prompts and texts")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest greedy answer (128)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences at once (32)")
+    parser.add_argument("--dtype", help="float32 or bfloat16 (float32)")
+    parser.add_argument("--device", help="cpu, cuda, ... (cpu)")
+    parser.add_argument("--seed", type=int, help="of the bootstrap (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-_RESAMPLES = 10_000
-_LEVEL = 0.95
+from cmc_server.evaluation.bootstrap import Interval, bootstrap_mean
 
 
 @dataclass(frozen=True)
@@ -32,18 +31,6 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean with its percentile bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-@dataclass(frozen=True)
 class StrengthResult:
     """The answers to one list of prompts at one strength.
 
@@ -58,25 +45,6 @@ class StrengthResult:
     length: Interval
     change: Interval | None
     ended: Interval
-
-
-def bootstrap_mean(values: Sequence[float] | NDArray[np.floating], seed: int = 0) -> Interval:
-    """Mean and 95% percentile bootstrap interval over prompts (Efron 1979).
-
-    Args:
-        values: one figure per prompt.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.size == 0:
-        raise ValueError("a mean needs at least one value")
-    draws = np.random.default_rng(seed).integers(sample.size, size=(_RESAMPLES, sample.size))
-    tail = (1 - _LEVEL) / 2
-    low, high = np.quantile(sample[draws].mean(axis=1), [tail, 1 - tail])
-    return Interval(float(sample.mean()), float(low), float(high))
 
 
 def summarise_sweep(answers: Mapping[float, Sequence[Answer]]) -> list[StrengthResult]:

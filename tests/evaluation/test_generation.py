@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cmc_server.evaluation.bootstrap import bootstrap_mean
 from cmc_server.evaluation.generation import (
     Answer,
-    bootstrap_mean,
     falls_steadily,
     markdown_table,
     plot_sweep,
