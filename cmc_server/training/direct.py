@@ -71,7 +71,7 @@ def train_llm(recipe: Recipe, base: Path, lora: LoraConfig | None = None) -> Pre
         ConfigError: the objective needs a frozen partner, or data or LLM cannot be used.
     """
     objective = recipe.objective
-    if objective.name not in PARTNERLESS or getattr(objective, "template_weight", 0):
+    if objective.name not in PARTNERLESS or getattr(objective, "template_weight", 0.0) > 0:
         raise ConfigError(f"objective {objective.name} needs a frozen LLM; choose one of {', '.join(PARTNERLESS)}.")
     records = {key: read_records(source, base) for key, source in recipe.data.sources.items()}
     set_seed(recipe.seed)
