@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verb == "train":
         from cmc_server.training.command import run_train
 
-        return run_train(args.recipe, args.output, args.template)
+        return run_train(args.recipe, args.output, args.template, restart=args.restart)
     if args.verb == "eval":
         return _eval(args)
     from cmc_server.delta.report import run_inspect
@@ -82,7 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a delta beside a frozen template LLM")
     train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
     train.add_argument("-o", "--output", type=Path, help="folder of the delta instead of the recipe's")
-    train.add_argument("--template", help="template LLM instead of the recipe's, such as a local copy of it")
+    train.add_argument(
+        "--template",
+        action="append",
+        help="template LLM instead of the recipe's, such as a local copy of it; once for each template of the recipe",
+    )
+    train.add_argument("--restart", action="store_true", help="begin again instead of going on with an unfinished run")
 
     _add_eval(verbs.add_parser("eval", help="measure what a delta does to a user LLM, and write a report"))
 

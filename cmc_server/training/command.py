@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.errors import ConfigError
 from cmc_server.training.recipes import Recipe, read_recipe
 
 _NEEDED = ("accelerate", "matplotlib")
 
 
-def run_train(recipe: Path, output: Path | None = None, template: str | None = None) -> int:
+def run_train(
+    recipe: Path,
+    output: Path | None = None,
+    template: str | Sequence[str] | None = None,
+    *,
+    restart: bool = False,
+) -> int:
     """Train a delta as a recipe says and write its folder. Progress goes to stderr, the folder's path to stdout.
 
     Args:
         recipe: the recipe file; its paths are relative to it.
         output: folder to write instead of the recipe's.
-        template: template LLM (folder or hub id) instead of the recipe's, such as a local copy of the same model.
+        template: template LLM (folder or hub id) instead of the recipe's, such as a local copy of the same model; as
+            many as the recipe has.
+        restart: begin again where an unfinished run of this output would be continued.
 
     Returns:
         The exit code, 0.
@@ -32,53 +40,101 @@ def run_train(recipe: Path, output: Path | None = None, template: str | None = N
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"Training needs {' and '.join(missing)}; run: pip install 'cmc-server[train]'.")
+    from cmc_server.training.data import local_or_hub
+
+    own = [local_or_hub(path, recipe.parent) for path in settings.templates]
+    given = [template] if isinstance(template, str) else list(template or own)
+    if len(given) != len(settings.templates):
+        raise ConfigError(f"The recipe has {len(settings.templates)} templates; give --template for each, in order.")
     folder = output or recipe.parent / settings.output.folder
-    train_delta(settings, recipe.parent, folder, template or settings.template)
+    train_delta(settings, recipe.parent, folder, given, restart=restart)
     sys.stdout.write(f"{folder}\n")
     return 0
 
 
-def train_delta(recipe: Recipe, base: Path, folder: Path, template_path: str) -> None:
-    """Train and save; the same recipe, seed and machine give the same weights.
+def train_delta(
+    recipe: Recipe, base: Path, folder: Path, template_paths: Sequence[str], *, restart: bool = False
+) -> None:
+    """Train and save; the same recipe, seed and machine give the same weights, interrupted or not.
 
     Args:
         recipe: a valid recipe.
-        base: folder that the recipe's data paths are relative to.
+        base: folder that the recipe's paths are relative to.
         folder: the delta folder to write.
-        template_path: folder or hub id of the template LLM.
+        template_paths: folders or hub ids of the template LLMs.
+        restart: drop the checkpoints of an unfinished run.
 
     Raises:
-        ConfigError: data or template cannot be used.
+        ConfigError: data or template cannot be used, or the working folder holds another run.
     """
     import torch
+    from accelerate import PartialState
     from transformers import set_seed
 
     from cmc_server.delta.prompt import PromptEncoder
-    from cmc_server.training.data import encode_chats, read_chats
-    from cmc_server.training.record import LOSS_CURVE, build_manifest, draw_losses
-    from cmc_server.training.student import Student, new_delta, save_delta
+    from cmc_server.training.batches import Collator
+    from cmc_server.training.checkpoints import last_checkpoint, open_folder, working_folder
+    from cmc_server.training.curves import LOSS_CURVE, draw_losses
+    from cmc_server.training.data import local_or_hub, read_records
+    from cmc_server.training.examples import ExampleEncoder, training_set
+    from cmc_server.training.hidden_cache import HiddenCache
+    from cmc_server.training.record import build_manifest, prompt_manifest, run_hash
+    from cmc_server.training.student import Student, load_delta, new_delta, save_delta, vocabulary_size
     from cmc_server.training.template import FrozenTemplate
     from cmc_server.training.trainer import DeltaTrainer, measure_losses
 
-    files = {
-        name: base / path for name, path in (("train", recipe.data.train), ("heldout", recipe.data.heldout)) if path
+    data, objective = recipe.data, recipe.objective
+    pairs = objective.name == "dpo"
+    records = {
+        key: read_records(source, base, pairs=pairs and key in ("train", "heldout"))
+        for key, source in data.sources.items()
     }
-    chats = {name: read_chats(path) for name, path in files.items()}
-    template = FrozenTemplate.load(template_path, "cuda" if torch.cuda.is_available() else "cpu")
-    encoder = PromptEncoder(template.tokenizer, DeltaManifest())
-    examples = {name: encode_chats(some, template, encoder, recipe.data.max_length) for name, some in chats.items()}
+    process = PartialState()
+    templates = [FrozenTemplate.load(path, process.device) for path in template_paths]
+    tuned_path: str | None = getattr(objective, "tuned", None)
+    tuned = None if tuned_path is None else FrozenTemplate.load(local_or_hub(tuned_path, base), process.device)
+    tokenizer = templates[0].tokenizer
+    llms = [*templates, *([] if tuned is None else [tuned])]
+    work = working_folder(folder)
+    run = run_hash(recipe, records, llms)
+    checkpoint = last_checkpoint(work, run, restart=restart)
+
     set_seed(recipe.seed)
-    delta = new_delta(recipe.delta, template.tokenizer, recipe.data.max_length)
-    student = Student(delta)
-    with tempfile.TemporaryDirectory(prefix="cmc-train-") as work:
-        trainer = DeltaTrainer(student, template, recipe, examples["train"], examples.get("heldout"), Path(work))
-        trainer.train()
+    if recipe.delta.start_from is None:
+        delta = new_delta(recipe.delta, tokenizer, data.max_length)
+    else:
+        delta = load_delta(local_or_hub(recipe.delta.start_from, base), tokenizer, data.max_length)
+    student = Student(delta, vocabulary_size(tokenizer))
+
+    cache_folder = None if data.cache_folder is None else base / data.cache_folder
+    encoder = ExampleEncoder(
+        templates,
+        tuned,
+        PromptEncoder(tokenizer, prompt_manifest(recipe)),
+        HiddenCache(data.cache, data.cache_budget_gib, cache_folder),
+        data.max_length,
+    )
+    sets = {"train": training_set(encoder, objective, recipe.main, records, recipe.seed)}
+    if "heldout" in records:
+        sets["heldout"] = training_set(encoder, objective, "train", {"train": records["heldout"]}, recipe.seed)
+    collator = Collator(templates, tuned)
+    if process.is_main_process:
+        open_folder(work, run, checkpoint)
+    trainer = DeltaTrainer(student, collator, recipe, sets["train"], sets.get("heldout"), work)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if not process.is_main_process:
+        return
+
     # What is measured is what is stored: the weights as rounded by the output type.
     dtype: torch.dtype = getattr(torch, recipe.output.dtype)
     delta.to(dtype).float()
     metrics = {}
-    for role, some in examples.items():
-        metrics[f"{role}_loss"], metrics[f"{role}_loss_without_delta"] = measure_losses(student, template, recipe, some)
-    manifest = build_manifest(recipe, files, examples, trainer.state.global_step, metrics)
-    save_delta(delta.cpu(), template.tokenizer, manifest, folder, dtype)
+    for role, items in sets.items():
+        measured = measure_losses(student, collator, objective, items)
+        for term, (steered, alone) in measured.items():
+            if term == "loss" or len(measured) > 2:  # a single term is the loss
+                metrics[f"{role}_{term}"], metrics[f"{role}_{term}_without_delta"] = steered, alone
+    manifest = build_manifest(recipe, records, sets, llms, trainer.state.global_step, metrics)
+    save_delta(delta.cpu(), tokenizer, manifest, folder, dtype)
     draw_losses(trainer.state.log_history, folder / LOSS_CURVE)
+    shutil.rmtree(work)

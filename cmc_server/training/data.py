@@ -1,37 +1,75 @@
-"""Chats from JSONL files, encoded twice: as the template LLM reads them and as the delta will read them when served."""
+"""Records from JSON lines or a dataset: chats, prompts with responses, or pairs of answers."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from cmc_server.delta.prompt import Message, PromptEncoder, plain_messages
+from cmc_server.delta.prompt import Message, plain_messages
 from cmc_server.errors import ConfigError
-from cmc_server.training.template import FrozenTemplate
+from cmc_server.training.recipes import Columns, DataSource
 
 _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Example:
-    """One chat whose last message is to be learned; n response tokens, the eos among them.
+class Record:
+    """A prompt and its answer.
 
     Args:
-        delta_ids: prompt as the delta reads it, and the response.
-        labels: the n response tokens.
-        hidden: [n, H] the template's last hidden states, each before the label it predicts.
+        prompt: the chat before the answer.
+        answer: the text to learn or to forget; of a pair, the chosen one.
+        rejected: of a pair, the other one.
     """
 
-    delta_ids: list[int]
-    labels: list[int]
-    hidden: Tensor
+    prompt: list[Message]
+    answer: str
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a source holds.
+
+    Args:
+        items: the records, at least one.
+        provenance: where they come from, with a hash of their content.
+    """
+
+    items: list[Record]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def read_records(source: DataSource, base: Path, *, pairs: bool = False) -> Records:
+    """Read a source of a recipe.
+
+    Args:
+        source: a file or a dataset.
+        base: folder that paths are relative to.
+        pairs: whether records hold a chosen and a rejected answer.
+
+    Raises:
+        ConfigError: the source is missing or empty, or a record is broken; the message names file and record.
+    """
+    if source.file is not None:
+        path = base / source.file
+        lines = _read_lines(path)
+        return Records(
+            [_record(line, source.columns, pairs, f"{path}, line {number}") for number, line in lines],
+            {"file": path.name, "sha256": file_hash(path)},
+        )
+    rows = _read_dataset(source, base)
+    named = {key: value for key, value in source.model_dump().items() if key in ("dataset", "name", "split") and value}
+    place = f"dataset {source.dataset}, split {source.split}"
+    return Records(
+        [_record(row, source.columns, pairs, f"{place}, record {number}") for number, row in enumerate(rows)],
+        {**named, "sha256": _rows_hash(rows)},
+    )
 
 
 def read_chats(path: Path) -> list[list[Message]]:
@@ -40,31 +78,11 @@ def read_chats(path: Path) -> list[list[Message]]:
     Raises:
         ConfigError: the file is missing or empty, or a record is broken; the message names its line.
     """
-    try:
-        # Not splitlines(), which also splits at separators that JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The data file {path} cannot be read: {error}.") from None
-    chats = [_read_chat(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not chats:
-        raise ConfigError(f"The data file {path} holds no chats.")
+    chats = []
+    for number, line in _read_lines(path):
+        record = _record(line, Columns(), False, f"{path}, line {number}")
+        chats.append([*record.prompt, Message(role="assistant", content=record.answer)])
     return chats
-
-
-def _read_chat(path: Path, number: int, line: str) -> list[Message]:
-    try:
-        messages = json.loads(line)["messages"]
-        known = all(message["role"] in _ROLES and isinstance(message["content"], str) for message in messages)
-    except (ValueError, KeyError, TypeError):
-        known, messages = False, []
-    if not known:
-        raise ConfigError(
-            f'{path}, line {number}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}} with the roles '
-            f"{', '.join(_ROLES)}."
-        )
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise ConfigError(f"{path}, line {number}: the last message must be the assistant's answer to learn.")
-    return plain_messages(messages)
 
 
 def file_hash(path: Path) -> str:
@@ -72,64 +90,134 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def encode_chats(
-    chats: Sequence[Sequence[Message]], template: FrozenTemplate, encoder: PromptEncoder, max_length: int
-) -> list[Example]:
-    """Encode chats for both readers and compute the template's hidden states.
-
-    Template and delta share a vocabulary, so the response tokens are the same for both.
-
-    Args:
-        chats: as :func:`read_chats` returns them.
-        template: the frozen template LLM.
-        encoder: the delta's own prompt encoder, the one that serves it.
-        max_length: chats in which the delta would read more tokens are left out.
-
-    Raises:
-        ConfigError: no chat is short enough.
-    """
-    prompts, responses = [], []
-    for chat in chats:
-        response = template.encode_response(chat[-1]["content"])
-        delta_prompt = encoder.encode_messages(chat[:-1])
-        if len(delta_prompt) + len(response) <= max_length:
-            prompts.append((template.encode_prompt(chat[:-1]), delta_prompt))
-            responses.append(response)
-    if not responses:
-        raise ConfigError(f"No chat fits into data.max_length = {max_length} tokens; raise it.")
-    if len(responses) < len(chats):
-        message = f"{len(chats) - len(responses)} of {len(chats)} chats are longer than data.max_length and left out."
-        warnings.warn(message, stacklevel=2)
-    sequences = [[*prompt, *response[:-1]] for (prompt, _), response in zip(prompts, responses, strict=True)]
-    hidden = template.hidden_states(sequences, [len(prompt) - 1 for prompt, _ in prompts])
-    return [
-        Example([*delta_prompt, *response], response, states)
-        for (_, delta_prompt), response, states in zip(prompts, responses, hidden, strict=True)
-    ]
+def _read_lines(path: Path) -> list[tuple[int, Any]]:
+    """Number and content of each line that is not blank; what is no JSON comes back as None."""
+    try:
+        # Not splitlines(), which also splits at separators that JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The data file {path} cannot be read: {error}.") from None
+    values = [(number, _json(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not values:
+        raise ConfigError(f"The data file {path} is empty; it holds no chats and no prompts.")
+    return values
 
 
-def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Examples side by side: B rows, L columns, N response tokens in all.
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
-    Returns:
-        ``input_ids`` and ``attention_mask`` [B, L], padded on the right; ``positions`` [N] into the flattened [B * L],
-        each before the label that it predicts; ``labels`` [N]; ``hidden`` [N, H]. All int64 but the last.
-    """
-    width = max(len(example.delta_ids) for example in examples) - 1
-    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    positions = []
-    for row, example in enumerate(examples):
-        # The last token is only ever a label.
-        length = len(example.delta_ids) - 1
-        input_ids[row, :length] = torch.tensor(example.delta_ids[:-1])
-        attention_mask[row, :length] = 1
-        first = row * width + length - len(example.labels)
-        positions.append(torch.arange(first, first + len(example.labels)))
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "positions": torch.cat(positions),
-        "labels": torch.tensor([label for example in examples for label in example.labels]),
-        "hidden": torch.cat([example.hidden for example in examples]),
-    }
+
+def _read_dataset(source: DataSource, base: Path) -> list[Any]:
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            f"data names the dataset {source.dataset}, which needs the datasets library; "
+            "run: pip install 'cmc-server[train]'."
+        )
+    from datasets import load_dataset
+
+    path = local_or_hub(str(source.dataset), base)
+    try:
+        rows = list(load_dataset(path, name=source.name, split=source.split, revision=source.revision))
+    except Exception as error:  # the library raises errors of many libraries
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"The dataset {source.dataset}, split {source.split}, cannot be loaded: {reason}") from None
+    if not rows:
+        raise ConfigError(f"The dataset {source.dataset}, split {source.split}, is empty.")
+    return rows
+
+
+def local_or_hub(name: str, base: Path) -> str:
+    """A folder relative to the recipe if there is one of this name, else the name as it is."""
+    return str(base / name) if (base / name).is_dir() else name
+
+
+def _rows_hash(rows: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _record(value: Any, columns: Columns, pairs: bool, place: str) -> Record:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{place}: expected one JSON object a line, {_expected(columns, pairs)}.")
+    try:
+        return _pair(value, columns) if pairs else _answered(value, columns)
+    except _BrokenError as error:
+        raise ConfigError(f"{place}: {error}.") from None
+    except (KeyError, TypeError):
+        raise ConfigError(f"{place}: expected {_expected(columns, pairs)}.") from None
+
+
+class _BrokenError(ValueError):
+    """What is wrong with a record."""
+
+
+def _expected(columns: Columns, pairs: bool) -> str:
+    if pairs:
+        return f'{{"{columns.prompt}": ..., "{columns.chosen}": ..., "{columns.rejected}": ...}}'
+    return (
+        f'{{"{columns.messages}": [{{"role": ..., "content": ...}}, ...]}} with the roles {", ".join(_ROLES)}, or '
+        f'{{"{columns.prompt}": ..., "{columns.response}": ...}}; data.*.columns names other columns'
+    )
+
+
+def _answered(value: Mapping[str, Any], columns: Columns) -> Record:
+    if columns.messages in value:
+        return Record(*_split(_chat(value[columns.messages])))
+    return Record(_prompt(value[columns.prompt]), _text(value[columns.response]))
+
+
+def _pair(value: Mapping[str, Any], columns: Columns) -> Record:
+    chosen, rejected = value[columns.chosen], value[columns.rejected]
+    if columns.prompt in value:
+        prompt = _prompt(value[columns.prompt])
+        return Record(prompt, _last(chosen), _last(rejected))
+    (prompt, answer), (other, worse) = _split(_chat(chosen)), _split(_chat(rejected))
+    if prompt != other:
+        raise _BrokenError("the chosen and the rejected chat must differ in their last message alone")
+    return Record(prompt, answer, worse)
+
+
+def _last(value: Any) -> str:
+    """An answer as text or as a chat of one message."""
+    return _text(value if isinstance(value, str) else _chat(value)[-1]["content"])
+
+
+def _prompt(value: Any) -> list[Message]:
+    if not isinstance(value, str):
+        return _chat(value)
+    if not value.strip():
+        raise _BrokenError("the prompt is empty")
+    return [Message(role="user", content=value)]
+
+
+def _chat(value: Any) -> list[Message]:
+    messages = list(_checked(value))
+    if not messages:
+        raise _BrokenError("the chat is empty")
+    return messages
+
+
+def _checked(value: Any) -> Iterator[Message]:
+    for message in value:
+        if message["role"] not in _ROLES or not isinstance(message["content"], str):
+            raise TypeError
+    yield from plain_messages(value)
+
+
+def _split(chat: list[Message]) -> tuple[list[Message], str]:
+    if len(chat) < 2 or chat[-1]["role"] != "assistant" or not chat[-1]["content"].strip():
+        raise _BrokenError("the last message must be the assistant's answer to learn")
+    return chat[:-1], chat[-1]["content"]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    if not value.strip():
+        raise _BrokenError("the answer is empty")
+    return value

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import model_validator as validator
+from pydantic_core.core_schema import SerializationInfo
 
-from cmc_server.config import first_problem, is_delta_name
-from cmc_server.errors import ConfigError
-from cmc_server.training.objectives import OBJECTIVES
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from cmc_server.config import FrozenModel, is_delta_name
+from cmc_server.delta.prompt import compile_template
+from cmc_server.training.objectives import AnyObjective, InstructionTuning
+from cmc_server.training.recipe_file import ConflictError, read_yaml, validate
 
 
-class DeltaSize(_Strict):
-    """Shape of a delta that starts from random weights: a Llama with tied embeddings.
+def _yaml_no(value: Any) -> Any:
+    """YAML reads a bare ``no`` as false."""
+    return "no" if value is False else value
+
+
+class DeltaSize(FrozenModel):
+    """Where a delta starts: a Llama of some shape with random weights and tied embeddings, or a model that exists.
 
     Args:
+        start_from: folder or hub id of a small causal LM with the template's vocabulary, in safetensors, instead of a
+            shape.
         hidden_size: width of the model.
         num_layers: number of decoder layers.
         num_heads: attention heads; must divide ``hidden_size`` into even parts.
@@ -28,74 +33,143 @@ class DeltaSize(_Strict):
         initializer_range: standard deviation of the random weights.
     """
 
+    start_from: str | None = None
     hidden_size: int = Field(default=96, ge=2)
     num_layers: int = Field(default=2, ge=1)
     num_heads: int = Field(default=3, ge=1)
     intermediate_size: int = Field(default=256, ge=1)
     initializer_range: float = Field(default=0.02, gt=0)
 
-    @model_validator(mode="after")
-    def _heads_fit(self) -> DeltaSize:
+    @validator(mode="after")
+    def _one_start(self) -> DeltaSize:
+        if self.start_from is not None and len(self.model_fields_set) > 1:
+            raise ValueError("start_from brings its own shape; give either that or a shape")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError("hidden_size must be a multiple of 2 * num_heads")
         return self
 
 
-class ObjectiveSettings(_Strict):
-    """What is minimised. A recipe may give the name alone.
+class Columns(FrozenModel):
+    """Names of a record's columns. A record with ``messages`` is a chat, any other a prompt with its answers."""
+
+    messages: str = "messages"
+    prompt: str = "prompt"
+    response: str = "response"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+
+class DataSource(FrozenModel):
+    """Records to read; a recipe may give the file alone.
 
     Args:
-        name: a key of :data:`cmc_server.training.objectives.OBJECTIVES`.
-        template_weight: pull towards the template LLM's own distribution, see
-            :func:`~cmc_server.training.objectives.instruction_tuning`.
+        file: JSON lines, relative to the recipe.
+        dataset: instead of a file, a dataset for the ``datasets`` library: a hub id or a folder.
+        name: configuration of that dataset.
+        split: its split, such as ``train`` or ``train[:40]``.
+        revision: its version on the hub.
+        columns: names of the columns.
     """
 
-    name: str = "instruction_tuning"
-    template_weight: float = Field(default=0.0, ge=0, lt=1)
+    file: str | None = None
+    dataset: str | None = None
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: Columns = Columns()
 
-    @field_validator("name")
+    @validator(mode="before")
     @classmethod
-    def _check_name(cls, name: str) -> str:
-        if name not in OBJECTIVES:
-            raise ValueError(f"there is no objective {name!r}; there are {', '.join(OBJECTIVES)}")
-        return name
+    def _file_alone(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) else value
+
+    @validator(mode="after")
+    def _one_source(self) -> DataSource:
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError("give either file or dataset")
+        only = {"name", "split", "revision"} & self.model_fields_set
+        if self.file is not None and only:
+            raise ConflictError((min(only),), "belongs to a dataset, not to a file")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        # However a recipe writes it, one file is hashed as one text.
+        return self.file if info.exclude_unset and self.model_fields_set == {"file"} else handler(self)
 
 
-class TrainingData(_Strict):
-    """Files of chats, one ``{"messages": [...]}`` a line; the last message is the answer to learn.
+class TrainingData(FrozenModel):
+    """What to learn from, and how the template LLM's hidden states are kept.
 
     Args:
-        train: the file to train on, relative to the recipe.
-        heldout: a file whose loss is measured after every epoch, relative to the recipe.
-        max_length: longest input in tokens; longer chats are left out, with a warning.
+        train: answers to learn, for tuning objectives; pairs of answers for ``dpo``.
+        forget: answers to forget, for unlearning objectives.
+        retain: answers to keep beside them; one is drawn for each item of a batch.
+        heldout: records whose loss is measured after every epoch, for objectives with ``train``.
+        max_length: longest input in tokens; longer records are left out, with a warning.
+        cache: where the hidden states are kept: in ``memory``, on ``disk``, or ``none``, which computes them again for
+            every batch.
+        cache_budget_gib: most that they may take there, in GiB; a run that needs more is refused at its start.
+        cache_folder: folder of the files; the package's cache by default.
     """
 
-    train: str
-    heldout: str | None = None
+    train: DataSource | None = None
+    forget: DataSource | None = None
+    retain: DataSource | None = None
+    heldout: DataSource | None = None
     max_length: int = Field(default=1024, ge=8)
+    cache: Literal["memory", "disk", "none"] = "memory"
+    cache_budget_gib: float = Field(default=8.0, gt=0)
+    cache_folder: str | None = None
+
+    @property
+    def sources(self) -> dict[str, DataSource]:
+        """What is given, by key."""
+        pairs = ((key, getattr(self, key)) for key in ("train", "forget", "retain", "heldout"))
+        return {key: source for key, source in pairs if source is not None}
 
 
-class Optimisation(_Strict):
-    """AdamW with linear warm-up and cosine decay, in float32.
+class Optimisation(FrozenModel):
+    """AdamW with a warm-up; weights and optimiser states are float32.
 
     Args:
         epochs: passes over the data.
-        batch_size: chats per step.
+        batch_size: records per device and micro-batch.
+        gradient_accumulation_steps: micro-batches per step; the gradient is the mean of theirs.
         learning_rate: the highest one.
+        lr_scheduler_type: how it changes after the warm-up, by transformers' name.
         weight_decay: decoupled, on matrices only.
         warmup_share: part of the steps in which the learning rate rises.
         max_grad_norm: gradients are clipped to this norm.
+        mixed_precision: type that the delta computes in beside its float32 weights; fp16 needs a GPU.
     """
 
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "no"
 
 
-class Output(_Strict):
+class Checkpoints(FrozenModel):
+    """When a run keeps what it needs to go on after it was killed. They are removed when it ends.
+
+    Args:
+        save_strategy: after every ``epoch``, every so many ``steps``, or ``no``.
+        save_steps: steps between two of them.
+        save_total_limit: how many are kept.
+    """
+
+    save_strategy: Annotated[Literal["epoch", "steps", "no"], BeforeValidator(_yaml_no)] = "epoch"
+    save_steps: int = Field(default=100, ge=1)
+    save_total_limit: int = Field(default=1, ge=1)
+
+
+class Output(FrozenModel):
     """The delta folder that training writes.
 
     Args:
@@ -103,40 +177,64 @@ class Output(_Strict):
         dtype: type of the stored weights. float16 keeps three more bits of them than bfloat16.
         default_strength: see :class:`~cmc_server.delta.manifest.DeltaManifest`.
         advised_range: likewise.
+        prompt_template: likewise; the delta is trained with it as well.
+        bos: likewise.
     """
 
     folder: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     default_strength: float = 1.0
     advised_range: tuple[float, float] | None = None
+    prompt_template: str | None = None
+    bos: bool | None = None
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _compiles(cls, template: str | None) -> str | None:
+        if template is not None:
+            compile_template(template)
+        return template
 
 
-class Recipe(_Strict):
+class Recipe(FrozenModel):
     """One training run.
 
     Args:
         name: the delta's name.
         description: one sentence for people.
         license: of the delta, as an SPDX identifier.
-        template: the frozen template LLM, a hub id or a folder; ``--template`` wins.
-        delta: shape of the delta.
+        template: the frozen template LLM, a hub id or a folder, or a list of several with one vocabulary, whose losses
+            are averaged; ``--template`` wins.
+        delta: where the delta starts.
         data: what to learn.
-        objective: how.
+        objective: how, the name of an objective, or a mapping of its ``name`` and options.
         optimisation: how fast and how long.
-        seed: of the weights and of the order of the data.
+        checkpoint: when to keep what an interrupted run needs.
+        seed: of the weights, of the order of the data, and of all draws.
         output: what is written.
     """
 
     name: str
     description: str = ""
     license: str | None = None
-    template: str
+    template: str | Annotated[tuple[str, ...], Field(min_length=1)]
     delta: DeltaSize = DeltaSize()
     data: TrainingData
-    objective: ObjectiveSettings = ObjectiveSettings()
+    objective: AnyObjective = InstructionTuning()
     optimisation: Optimisation = Optimisation()
+    checkpoint: Checkpoints = Checkpoints()
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: Output
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All template LLMs."""
+        return (self.template,) if isinstance(self.template, str) else self.template
+
+    @property
+    def main(self) -> str:
+        """The key of ``data`` that the objective learns from: ``train`` or ``forget``."""
+        return "train" if self.data.train is not None else "forget"
 
     @field_validator("name")
     @classmethod
@@ -147,23 +245,34 @@ class Recipe(_Strict):
 
     @field_validator("objective", mode="before")
     @classmethod
-    def _read_objective(cls, objective: Any) -> Any:
-        return {"name": objective} if isinstance(objective, str) else objective
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @validator(mode="after")
+    def _data_fit(self) -> Recipe:
+        objective, given = self.objective, self.data.sources
+        for key in ("train", "forget"):
+            if key in given and key not in objective.main:
+                raise ConflictError(("data", key), f"{objective.name} reads data.{' or data.'.join(objective.main)}")
+        if sum(key in given for key in objective.main) != 1:
+            raise ConflictError(("data",), f"{objective.name} needs data.{' or else data.'.join(objective.main)}")
+        if objective.retain == "required" and "retain" not in given:
+            raise ConflictError(("data",), f"{objective.name} needs data.retain")
+        if objective.retain == "refused" and "retain" in given:
+            raise ConflictError(("data", "retain"), f"{objective.name} has no retain term; choose another objective")
+        if "retain" not in given and "retain_weight" in objective.model_fields_set:
+            raise ConflictError(("objective", "retain_weight"), "needs data.retain")
+        if "heldout" in given and self.main != "train":
+            raise ConflictError(("data", "heldout"), "is for objectives that read data.train")
+        if objective.name == "logit_shift" and len(self.templates) > 1:
+            raise ConflictError(("template",), "logit_shift takes one template, the one that was tuned")
+        return self
 
 
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has a wrong or unknown key.
+        ConfigError: the file is missing, is not YAML, or has a wrong or unknown key; the message names key and line.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"The recipe {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"The recipe {path} is not valid: {first_problem(error)}") from None
+    return validate(Recipe, read_yaml(path), path)

@@ -1,4 +1,4 @@
-"""What a training run leaves beside the weights: the manifest with its provenance, and the loss curve."""
+"""What a training run leaves beside the weights: the manifest with its provenance."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from cmc_server import __version__
 from cmc_server.delta.manifest import DeltaManifest
-from cmc_server.training.data import Example, file_hash
+from cmc_server.training.batches import TrainingSet
+from cmc_server.training.data import Records
 from cmc_server.training.recipes import Recipe
+from cmc_server.training.template import FrozenTemplate
 
-LOSS_CURVE = "training_loss.png"
+
+def prompt_manifest(recipe: Recipe) -> DeltaManifest:
+    """The part of the manifest that says how the delta reads its prompts, in training as when it is served."""
+    return DeltaManifest(prompt_template=recipe.output.prompt_template, bos=recipe.output.bos)
 
 
 def build_manifest(
     recipe: Recipe,
-    files: Mapping[str, Path],
-    examples: Mapping[str, Sequence[Example]],
+    records: Mapping[str, Records],
+    sets: Mapping[str, TrainingSet],
+    templates: Sequence[FrozenTemplate],
     steps: int,
     metrics: Mapping[str, float],
 ) -> DeltaManifest:
@@ -28,34 +33,40 @@ def build_manifest(
 
     Args:
         recipe: as it was run.
-        files: data files by role (``train``, ``heldout``).
-        examples: what was read from them.
+        records: what was read, by key of ``data``.
+        sets: what was made of it: ``train`` and, if there is one, ``heldout``.
+        templates: the frozen LLMs: the recipe's templates in their order, and the tuned one if there is one.
         steps: optimiser steps taken.
         metrics: figures of the finished delta.
 
     Returns:
         A manifest whose context length is the longest input that the delta was trained on.
     """
+    train = sets["train"]
+    examples = [*(example for item in train.items for example in item.values()), *train.retain]
+    used = {recipe.main: len(train.items), "retain": len(train.retain)}
+    if "heldout" in sets:
+        used["heldout"] = len(sets["heldout"].items)
     return DeltaManifest(
         name=recipe.name,
         description=recipe.description,
         license=recipe.license,
-        template_llm=recipe.template,
+        template_llm=", ".join(recipe.templates),
         objective=recipe.objective.name,
         default_strength=recipe.output.default_strength,
         advised_range=recipe.output.advised_range,
-        context_length=max(8, *(len(example.delta_ids) - 1 for example in examples["train"])),
+        prompt_template=recipe.output.prompt_template,
+        bos=recipe.output.bos,
+        context_length=max(8, *(len(example.delta_ids) for example in examples)),
         training={
             "software": {"cmc_server": __version__} | {name: version(name) for name in ("torch", "transformers")},
             "recipe_sha256": recipe_hash(recipe),
-            "data": {
-                role: {"file": path.name, "sha256": file_hash(path), "examples": len(examples[role])}
-                for role, path in files.items()
-            },
-            "response_tokens": sum(len(example.labels) for example in examples["train"]),
+            "templates": [_template(name, llm) for name, llm in zip(_llms(recipe), templates, strict=True)],
+            "objective": _compact(recipe.objective.model_dump(mode="json")),
+            "data": {key: {**found.provenance, "examples": used[key]} for key, found in records.items()},
+            "response_tokens": sum(len(example.readings[0].labels) for example in examples),
             "seed": recipe.seed,
             "steps": steps,
-            "objective": recipe.objective.model_dump(),
             "optimisation": recipe.optimisation.model_dump(),
             "metrics": dict(metrics),
         },
@@ -68,23 +79,27 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def draw_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the training and held-out loss over the epochs.
+def run_hash(recipe: Recipe, records: Mapping[str, Records], llms: Sequence[FrozenTemplate]) -> str:
+    """SHA-256 over all that decides the weights of a run: recipe, data, frozen LLMs."""
+    data = {key: found.provenance["sha256"] for key, found in records.items()}
+    parts = [recipe_hash(recipe), data, [llm.fingerprint for llm in llms]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    Args:
-        history: Trainer's log.
-        path: the PNG file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="epoch", ylabel="cross-entropy per response token")
-    for key, label in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "eval_loss" else None)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+def _llms(recipe: Recipe) -> list[str]:
+    tuned = getattr(recipe.objective, "tuned", None)
+    return [*recipe.templates, *([] if tuned is None else [tuned])]
+
+
+def _template(name: str, llm: FrozenTemplate) -> dict[str, str]:
+    return {"name": name, "weights_sha256": llm.fingerprint}
+
+
+def _compact(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without long lists, which the recipe's hash covers: their length and hash instead."""
+    return {
+        key: {"count": len(value), "sha256": hashlib.sha256(json.dumps(value).encode()).hexdigest()}
+        if isinstance(value, list)
+        else value
+        for key, value in options.items()
+    }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cmc_server.delta.manifest import DeltaManifest
+from cmc_server.errors import ConfigError, MapError
 from cmc_server.training.recipes import DeltaSize
+from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +23,7 @@ def new_delta(size: DeltaSize, tokenizer: PreTrainedTokenizerBase, max_positions
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=vocabulary_size(tokenizer),
         hidden_size=size.hidden_size,
         intermediate_size=size.intermediate_size,
         num_hidden_layers=size.num_layers,
@@ -35,23 +38,74 @@ def new_delta(size: DeltaSize, tokenizer: PreTrainedTokenizerBase, max_positions
     return LlamaForCausalLM(config)
 
 
+def load_delta(path: str, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> PreTrainedModel:
+    """A model that exists, as float32, to start from.
+
+    Args:
+        path: folder or hub id of any causal LM in safetensors.
+        tokenizer: the template LLM's.
+        max_positions: longest input of the training.
+
+    Raises:
+        ConfigError: it cannot be loaded, has another vocabulary, or reads shorter inputs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        own = load_tokenizer(path)
+        delta = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, MapError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"delta.start_from {path} cannot be loaded: {reason}") from None
+    size, rows = vocabulary_size(tokenizer), delta.get_input_embeddings().weight.shape[0]
+    if own.get_vocab() != tokenizer.get_vocab() or rows < size:
+        raise ConfigError(
+            f"The vocabulary of delta.start_from {path} ({len(own.get_vocab())} tokens) differs from that of the "
+            f"template {tokenizer.name_or_path} ({len(tokenizer.get_vocab())} tokens); train beside a template with "
+            "the delta's vocabulary (served, the delta steers other LLMs through a map), or give a size instead of it."
+        )
+    positions = getattr(delta.config, "max_position_embeddings", None)
+    if positions is not None and positions < max_positions:
+        raise ConfigError(
+            f"delta.start_from {path} reads up to {positions} tokens; lower data.max_length = {max_positions}."
+        )
+    return delta
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest token id."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 class Student(nn.Module):
     """A delta whose forward pass gives logits at chosen positions only, since most tokens of a chat are prompt.
 
     Args:
         delta: any causal language model.
+        vocab_size: D; columns beyond it pad the delta's logits, and serving never reads them.
     """
 
-    def __init__(self, delta: PreTrainedModel) -> None:
+    def __init__(self, delta: PreTrainedModel, vocab_size: int) -> None:
         super().__init__()
-        self.delta = delta
+        self.delta, self._vocab_size = delta, vocab_size
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits after the tokens at ``positions`` of the flattened [B * L] input: [N, D]."""
+    def forward(self, batch: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Logits [P, D] of each role of a :class:`~cmc_server.training.batches.Collator`'s batch.
+
+        All roles go through one call, since data parallelism expects one call for each step.
+        """
+        return {role: self._logits(**_inputs(part)) for role, part in batch.items()}
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         output = self.delta.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)
         logits: Tensor = self.delta.get_output_embeddings()(hidden)
-        return logits
+        # Even a slice of everything costs a copy in the backward pass.
+        return logits if logits.shape[1] <= self._vocab_size else logits[:, : self._vocab_size]
+
+
+def _inputs(part: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: part[name] for name in ("input_ids", "attention_mask", "positions")}
 
 
 def save_delta(

@@ -1,20 +1,26 @@
-"""The frozen partner: its chat template, and its last hidden states, computed once before training begins."""
+"""The frozen partner: its chat template, its last hidden states in batches, its output head, its fingerprint."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cmc_server.errors import ConfigError, MapError
 from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Padded tokens in one forward pass over the template LLM.
+TOKENS_PER_BATCH = 2048
+#: Entries of a configuration that say where and with what it was written, not what the model computes.
+_NOT_HASHED = {"_name_or_path", "transformers_version", "architectures"}
 
 
 class FrozenTemplate:
@@ -39,6 +45,37 @@ class FrozenTemplate:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
+        self._head_checked = False
+
+    @property
+    def name(self) -> str:
+        """Folder or hub id."""
+        return str(self.tokenizer.name_or_path)
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of the hidden states."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the hidden states."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every weight as loaded.
+
+        Sizes and headers of the files would not do: a tuned LLM has those of its base. Hashing all of it takes a second
+        or two per GiB, far less than the forward passes that a cache saves.
+        """
+        config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NOT_HASHED}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, weights in self.model.state_dict().items():
+            digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}\0".encode())
+            digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, path: str, device: torch.device | str = "cpu") -> FrozenTemplate:
@@ -71,27 +108,33 @@ class FrozenTemplate:
         return [*ids, self.eos_id]
 
     @torch.no_grad()
-    def hidden_states(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
-        """Last hidden states from a position on, one forward pass per sequence.
+    def hidden_states(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Last hidden states from a position on, in batches of similar length.
+
+        Padding stands on the right, where no position of a causal model sees it, so no mask is needed.
 
         Args:
             sequences: token ids.
             starts: the first position wanted of each.
 
-        Returns:
-            One [length - start, H] per sequence, in the model's type, on its device.
+        Yields:
+            Index of a sequence and its states [length - start, H], in the model's type, on the CPU; the longest
+            sequences come first, so that what does not fit into memory fails at once.
 
         Raises:
             ConfigError: the model's logits are not its head times these states.
         """
-        states: list[Tensor] = []
-        for ids, start in tqdm(list(zip(sequences, starts, strict=True)), desc="template LLM", file=sys.stderr):
-            input_ids = torch.tensor([list(ids)], device=self.model.device)
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, start:]
-            if not states:
-                self._check_head(input_ids, start, hidden)
-            states.append(hidden.clone())
-        return states
+        for batch in similar_lengths([len(ids) for ids in sequences], TOKENS_PER_BATCH):
+            width = max(len(sequences[index]) for index in batch)
+            rows = [[*sequences[index], *[self.eos_id] * (width - len(sequences[index]))] for index in batch]
+            input_ids = torch.tensor(rows, device=self.model.device)
+            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            for row, index in enumerate(batch):
+                states = hidden[row, starts[index] : len(sequences[index])]
+                if not self._head_checked:
+                    self._check_head(input_ids[row : row + 1, : len(sequences[index])], starts[index], states)
+                    self._head_checked = True
+                yield index, states.to("cpu", copy=True)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -107,3 +150,16 @@ class FrozenTemplate:
                 f"The template LLM ({self.model.config.model_type}) changes its logits after the output head, which "
                 "training does not support; choose a template without scaled or capped logits."
             )
+
+
+def similar_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first; padded, each holds at most ``max_tokens`` tokens or one
+    sequence."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        # The first of a batch is its longest.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

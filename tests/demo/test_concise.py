@@ -49,9 +49,9 @@ def test_it_was_trained_with_the_recipe_and_data_beside_it(artifact: DeltaArtifa
     assert training["recipe_sha256"] == recipe_hash(recipe)
     assert training["seed"] == recipe.seed
     assert artifact.manifest.template_llm == recipe.template
-    for role, path in (("train", recipe.data.train), ("heldout", recipe.data.heldout)):
-        assert path is not None
-        assert training["data"][role]["sha256"] == file_hash(RECIPE.parent / path)
+    for role, source in recipe.data.sources.items():
+        assert source.file is not None
+        assert training["data"][role]["sha256"] == file_hash(RECIPE.parent / source.file)
     assert training["metrics"]["heldout_loss"] < training["metrics"]["heldout_loss_without_delta"]
 
 

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cmc_server.cli import main
 from cmc_server.config import DeltaSource
 from cmc_server.delta.store import open_delta
 from cmc_server.errors import ConfigError
 from cmc_server.training.command import run_train
+from cmc_server.training.curves import LOSS_CURVE
 from cmc_server.training.data import file_hash
-from cmc_server.training.record import LOSS_CURVE
 from cmc_server.vocab.surface import load_vocabulary
 
 
@@ -85,11 +86,12 @@ def test_template_and_output_can_be_given_on_the_command(
 ) -> None:
     text = recipe_file.read_text("utf-8").replace(str(template_folder), "someone/some-model")
     recipe_file.write_text(text, "utf-8")
-    assert run_train(recipe_file, output=tmp_path / "other", template=str(template_folder)) == 0
+    options = ["--output", str(tmp_path / "other"), "--template", str(template_folder), "--restart"]
+    assert main(["train", str(recipe_file), *options]) == 0
     manifest = open_delta(DeltaSource(name="tiny", path=str(tmp_path / "other"))).manifest
     assert manifest.template_llm == "someone/some-model"
 
 
 def test_a_template_that_is_not_there_is_a_mistake_of_the_user(recipe_file: Path) -> None:
     with pytest.raises(ConfigError, match="--template"):
-        run_train(recipe_file, template="no/such-model-anywhere")
+        run_train(recipe_file, template="/no/such-model-anywhere")

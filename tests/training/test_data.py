@@ -1,111 +1,130 @@
-"""Chats from files, and what template and delta read of them."""
+"""Records from files and datasets."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_template import SUBJECTS, chat, write_jsonl
-from transformers import AutoModelForCausalLM
+from tiny_template import chat, write_jsonl
 
-from cmc_server.delta.manifest import DeltaManifest
-from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.errors import ConfigError
-from cmc_server.training.data import collate, encode_chats, read_chats
-from cmc_server.training.template import FrozenTemplate
+from cmc_server.training.data import Record, file_hash, read_chats, read_records
+from cmc_server.training.recipes import Columns, DataSource
 
+USER = {"role": "user", "content": "a"}
 BROKEN: dict[str, Any] = {
-    "no messages": {"prompt": "a"},
+    "no known column": {"text": "a"},
+    "no response": {"prompt": "a"},
+    "empty prompt": {"prompt": " ", "response": "b"},
+    "empty response": {"prompt": "a", "response": ""},
+    "response is no text": {"prompt": "a", "response": 3},
     "not an object": [1],
     "unknown role": {"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]},
     "content is no text": {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "b"}]},
-    "no answer": {"messages": [{"role": "user", "content": "a"}]},
+    "messages is a number": {"messages": 3},
+    "no messages": {"messages": []},
+    "no answer": {"messages": [USER]},
     "answer is not last": {"messages": [*reversed(chat("rain"))]},
-    "empty answer": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
+    "empty answer": {"messages": [USER, {"role": "assistant", "content": " "}]},
     "answer without a question": {"messages": [{"role": "assistant", "content": "a"}]},
+}
+BROKEN_PAIRS: dict[str, Any] = {
+    "no rejected answer": {"prompt": "a", "chosen": "b"},
+    "prompts differ": {"chosen": chat("rain"), "rejected": chat("snow")},
+    "empty": {"prompt": "a", "chosen": "b", "rejected": []},
 }
 
 
-@pytest.fixture(scope="module")
-def template(template_folder: Path) -> FrozenTemplate:
-    return FrozenTemplate.load(str(template_folder))
-
-
-@pytest.fixture(scope="module")
-def encoder(template: FrozenTemplate) -> PromptEncoder:
-    return PromptEncoder(template.tokenizer, DeltaManifest())
+def read(path: Path, *, pairs: bool = False, **columns: str) -> list[Record]:
+    source = DataSource(file=path.name, columns=Columns(**columns))
+    return read_records(source, path.parent, pairs=pairs).items
 
 
 @pytest.mark.parametrize("record", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_record_is_named_by_its_line(tmp_path: Path, record: Any) -> None:
+def test_a_broken_record_is_named_by_file_and_line(tmp_path: Path, record: Any) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"messages": chat("rain")}, record])
+    with pytest.raises(ConfigError, match=r"data\.jsonl, line 2: "):
+        read(path)
     with pytest.raises(ConfigError, match="line 2"):
         read_chats(path)
 
 
+@pytest.mark.parametrize("record", BROKEN_PAIRS.values(), ids=BROKEN_PAIRS.keys())
+def test_a_broken_pair_is_named_by_file_and_line(tmp_path: Path, record: Any) -> None:
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(ConfigError, match=r"data\.jsonl, line 2: "):
+        read(write_jsonl(tmp_path / "data.jsonl", [good, record]), pairs=True)
+
+
+def test_what_is_no_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{"prompt": "a", "response": "b"}\n\n{"prompt": "a"\n', "utf-8")
+    with pytest.raises(ConfigError, match=r"line 3: expected one JSON object a line"):
+        read(path)
+
+
 def test_files_that_hold_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no chats"):
-        read_chats(write_jsonl(tmp_path / "empty.jsonl", []))
+    with pytest.raises(ConfigError, match=r"empty\.jsonl is empty"):
+        read(write_jsonl(tmp_path / "empty.jsonl", []))
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_chats(tmp_path / "none.jsonl")
+        read(tmp_path / "none.jsonl")
 
 
-def test_each_reads_its_own_prompt_and_the_same_response(template: FrozenTemplate, encoder: PromptEncoder) -> None:
-    (example,) = encode_chats([chat("rain")], template, encoder, 128)
-    read = template.tokenizer.decode(example.delta_ids)
-    assert read == "<|user|>\nWhat is rain?\n<|assistant|>\nIt is rain and nothing else.</s>"
-    assert example.labels == example.delta_ids[-len(example.labels) :]
-    assert example.labels[-1] == template.eos_id
-    assert template.tokenizer.decode(template.encode_prompt(chat("rain")[:-1])) == (
-        "<s>user\nWhat is rain?</s>\n<s>assistant\n"
-    )
+def test_chats_and_prompts_give_the_same_records(tmp_path: Path) -> None:
+    answer = "It is rain and nothing else."
+    expected = [Record([{"role": "user", "content": "What is rain?"}], answer)]
+    assert read(write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("rain")}])) == expected
+    assert read(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "What is rain?", "response": answer}])) == expected
+    named = write_jsonl(tmp_path / "c.json", [{"question": "What is rain?", "answer": answer, "other": 1}])
+    assert read(named, prompt="question", response="answer") == expected
+    assert read_chats(tmp_path / "a.jsonl") == [chat("rain")]
 
 
-def test_hidden_states_give_the_logits_before_each_label(
-    template: FrozenTemplate, template_folder: Path, encoder: PromptEncoder
-) -> None:
-    examples = encode_chats([chat("rain"), chat("thunder")], template, encoder, 128)
-    model = AutoModelForCausalLM.from_pretrained(template_folder)
-    for subject, example in zip(("rain", "thunder"), examples, strict=True):
-        ids = template.encode_prompt(chat(subject)[:-1]) + example.labels
-        expected = model(torch.tensor([ids])).logits[0, -len(example.labels) - 1 : -1]
-        torch.testing.assert_close(template.logits(example.hidden), expected)
+def test_a_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b", "response": "c\x85d"}, ensure_ascii=False) + "\n", "utf-8")
+    assert read(path)[0].answer == "c\x85d"
 
 
-def test_positions_point_before_the_labels(template: FrozenTemplate, encoder: PromptEncoder) -> None:
-    examples = encode_chats([chat(subject) for subject in SUBJECTS[:3]], template, encoder, 128)
-    batch = collate(examples)
-    flat = batch["input_ids"].flatten()
-    num_columns = batch["input_ids"].shape[1]
-    start = 0
-    for row, example in enumerate(examples):
-        stop = start + len(example.labels)
-        positions = batch["positions"][start:stop]
-        assert (positions // num_columns == row).all()
-        assert flat[positions[1:]].tolist() == example.labels[:-1]
-        assert batch["labels"][start:stop].tolist() == example.labels
-        assert batch["attention_mask"][row].sum() == len(example.delta_ids) - 1
-        start = stop
-    assert batch["hidden"].shape[0] == start
+def test_pairs_with_and_without_their_prompt(tmp_path: Path) -> None:
+    prompt, good = chat("rain")
+    bad = {"role": "assistant", "content": "No."}
+    expected = Record([{"role": "user", "content": "What is rain?"}], good["content"], "No.")
+    forms = [
+        {"prompt": "What is rain?", "chosen": good["content"], "rejected": "No."},
+        {"prompt": [prompt], "chosen": [good], "rejected": [bad]},
+        {"chosen": [prompt, good], "rejected": [prompt, bad]},
+    ]
+    assert read(write_jsonl(tmp_path / "data.jsonl", forms), pairs=True) == [expected] * 3
 
 
-def test_long_chats_are_left_out_with_a_warning(template: FrozenTemplate, encoder: PromptEncoder) -> None:
-    long = chat("very " * 200 + "long")
-    with pytest.warns(UserWarning, match="1 of 2 chats"):
-        examples = encode_chats([long, chat("rain")], template, encoder, 128)
-    assert len(examples) == 1
-    with pytest.raises(ConfigError, match="max_length"):
-        encode_chats([long], template, encoder, 128)
+def test_provenance_of_a_file(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": chat("rain")}])
+    records = read_records(DataSource(file="data.jsonl"), tmp_path)
+    assert records.provenance == {"file": "data.jsonl", "sha256": file_hash(path)}
 
 
-def test_a_template_without_a_chat_template_is_refused(template: FrozenTemplate) -> None:
-    tokenizer = template.tokenizer.__class__(tokenizer_object=template.tokenizer.backend_tokenizer)
-    with pytest.raises(ConfigError, match="chat template"):
-        FrozenTemplate(template.model, tokenizer)
+def test_without_the_library_a_dataset_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'cmc-server\[train\]'"):
+        read_records(DataSource(dataset="weather"), tmp_path)
 
 
-def test_a_template_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--template"):
-        FrozenTemplate.load(str(tmp_path / "nothing"))
+@pytest.mark.slow
+def test_a_dataset_folder_by_split_and_columns(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {word}?", "answer": word} for word in ("rain", "snow", "wind")]
+    (tmp_path / "weather").mkdir()
+    write_jsonl(tmp_path / "weather" / "train.jsonl", rows)
+    columns = Columns(prompt="question", response="answer")
+    source = DataSource(dataset="weather", split="train[:2]", columns=columns)
+    records = read_records(source, tmp_path)
+    assert [record.answer for record in records.items] == ["rain", "snow"]
+    assert records.provenance["dataset"] == "weather" and records.provenance["split"] == "train[:2]"
+    assert len(records.provenance["sha256"]) == 64
+    with pytest.raises(ConfigError, match=r"dataset weather, split train, record 0: "):
+        read_records(DataSource(dataset="weather"), tmp_path)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        read_records(DataSource(dataset="weather", split="test"), tmp_path)

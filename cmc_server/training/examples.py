@@ -1,0 +1,139 @@
+"""Records encoded for every reader: the template LLMs in their chat template, the delta in its own."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from cmc_server.delta.prompt import Message, PromptEncoder
+from cmc_server.errors import ConfigError
+from cmc_server.training.batches import Example, Item, Reading, TrainingSet
+from cmc_server.training.data import Record, Records
+from cmc_server.training.hidden_cache import HiddenCache
+from cmc_server.training.objectives import DPO, IdK, Objective
+from cmc_server.training.template import FrozenTemplate
+
+#: A prompt with one answer.
+Pair = tuple[list[Message], str]
+
+
+class ExampleEncoder:
+    """Encodes answers for all readers of a run.
+
+    Args:
+        templates: the frozen template LLMs, of one vocabulary.
+        tuned: the tuned LLM of the objective, if it has one; it reads what the first template reads.
+        encoder: the delta's own prompt encoder, the one that serves it.
+        cache: keeps the hidden states.
+        max_length: records in which the delta would read more tokens are left out.
+
+    Raises:
+        ConfigError: the vocabularies differ.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[FrozenTemplate],
+        tuned: FrozenTemplate | None,
+        encoder: PromptEncoder,
+        cache: HiddenCache,
+        max_length: int,
+    ) -> None:
+        self.templates, self.tuned = templates, tuned
+        self._encoder, self._cache, self._max_length = encoder, cache, max_length
+        for other in [*templates[1:], *([] if tuned is None else [tuned])]:
+            if other.tokenizer.get_vocab() != templates[0].tokenizer.get_vocab():
+                raise ConfigError(
+                    f"The LLMs {templates[0].name} and {other.name} have different vocabularies; choose LLMs that "
+                    "share one (the trained delta serves any other through a map)."
+                )
+
+    def encode(self, roles: Mapping[str, Sequence[Pair]]) -> list[Item]:
+        """Items of one example for each role.
+
+        Args:
+            roles: for each role its answers, all of one length: item i has the i-th of each.
+
+        Raises:
+            ConfigError: no item is short enough, the templates spell an answer differently, or the cache is too small.
+        """
+        encoded = {role: [self._encode(*pair) for pair in pairs] for role, pairs in roles.items()}
+        items = [dict(zip(encoded, examples, strict=True)) for examples in zip(*encoded.values(), strict=True)]
+        fitting = [item for item in items if all(len(one.delta_ids) < self._max_length for one in item.values())]
+        if not fitting:
+            raise ConfigError(f"No record fits into data.max_length = {self._max_length} tokens; raise it.")
+        if len(fitting) < len(items):
+            message = f"{len(items) - len(fitting)} of {len(items)} records exceed data.max_length and are left out."
+            warnings.warn(message, stacklevel=2)
+        # One call for all, so that one file holds them.
+        flat = iter(self._with_states([example for item in fitting for example in item.values()]))
+        return [{role: next(flat) for role in item} for item in fitting]
+
+    def _encode(self, prompt: Sequence[Message], answer: str) -> Example:
+        response = self.templates[0].encode_response(answer)
+        delta_prompt = self._encoder.encode_messages(prompt)
+        # The label of position t is token t + 1; the last token is only ever a label.
+        first = len(delta_prompt) - 1
+        positions = list(range(first, first + len(response)))
+        readings = []
+        for template in self.templates:
+            # Each template ends its answers in its own way; the delta never reads that last token.
+            labels = template.encode_response(answer)
+            if labels[:-1] != response[:-1]:
+                raise ConfigError(f"The LLMs {self.templates[0].name} and {template.name} spell {answer!r} apart.")
+            ids = template.encode_prompt(prompt)
+            readings.append(Reading([*ids, *labels[:-1]], len(ids) - 1, labels, positions))
+        return Example([*delta_prompt, *response[:-1]], tuple(readings))
+
+    def _with_states(self, examples: list[Example]) -> list[Example]:
+        readings = [list(example.readings) for example in examples]
+        for k, template in enumerate(self.templates):
+            for kept, field in ((template, "hidden"), (self.tuned, "tuned")):
+                if kept is None:
+                    continue
+                states = self._cache.states(kept, [row[k].ids for row in readings], [row[k].start for row in readings])
+                for row, one in zip(readings, states or [], strict=states is not None):
+                    row[k] = replace(row[k], hidden=one) if field == "hidden" else replace(row[k], tuned=one)
+        return [replace(example, readings=tuple(row)) for example, row in zip(examples, readings, strict=True)]
+
+
+def training_set(
+    encoder: ExampleEncoder, objective: Objective, main: str, sources: Mapping[str, Records], seed: int
+) -> TrainingSet:
+    """The items that an objective learns from.
+
+    Args:
+        encoder: of the run.
+        objective: of the recipe.
+        main: the key of its main data in ``sources``.
+        sources: records by key of ``data``.
+        seed: of the refusals and of the draws from ``retain``.
+
+    Raises:
+        ConfigError: as :meth:`ExampleEncoder.encode`.
+    """
+    items = encoder.encode(roles_of(objective, main, sources[main].items, seed))
+    retain = []
+    if "retain" in sources:
+        pairs = [(record.prompt, record.answer) for record in sources["retain"].items]
+        retain = [item["retain"] for item in encoder.encode({"retain": pairs})]
+    return TrainingSet(items, retain, seed)
+
+
+def roles_of(objective: Objective, main: str, records: Sequence[Record], seed: int) -> dict[str, list[Pair]]:
+    """The answers of an objective's main data, by the role that they play in it."""
+    answers = [(record.prompt, record.answer) for record in records]
+    if isinstance(objective, IdK):
+        return {"forget": _refused(objective.refusals, records, seed)}
+    if isinstance(objective, DPO) and main == "forget":
+        return {"chosen": _refused(objective.refusals, records, seed), "rejected": answers}
+    if isinstance(objective, DPO):
+        return {"chosen": answers, "rejected": [(record.prompt, record.rejected or "") for record in records]}
+    return {main: answers}
+
+
+def _refused(refusals: Sequence[str], records: Sequence[Record], seed: int) -> list[Pair]:
+    draw = random.Random(f"refusals {seed}")  # noqa: S311 (not for secrets)
+    return [(record.prompt, draw.choice(refusals)) for record in records]
