@@ -51,8 +51,8 @@ def tune(base: str, files: str, output: Path, seed: int = 1) -> dict[str, Any]:
     import torch
 
     from cmc_server.training.direct import train_llm
-    from cmc_server.training.record import recipe_hash
     from cmc_server.training.recipes import read_recipe
+    from cmc_server.training.record import recipe_hash
     from cmc_server.vocab.surface import load_tokenizer
 
     source = demo_model(base)
