@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cmc_server.training.bridge import Bridge
 from cmc_server.training.template import FrozenTemplate
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One answer as one frozen LLM reads and labels it; n response tokens, its eos among them.
+    """One answer as one frozen LLM reads and labels it; m response tokens, its eos among them, n of them learned from.
 
     Args:
         ids: the LLM's prompt and the answer, without the last token, which is only ever a label.
-        start: position in ``ids`` before the first label.
-        labels: the n response tokens.
+        start: position in ``ids`` before the first response token.
+        labels: the n response tokens that are learned from.
         positions: [n] in the delta's input, each before its label.
-        hidden: [n, H] the LLM's last hidden states, or None where they are computed for each batch.
+        hidden: [m, H] the LLM's last hidden states, or None where they are computed for each batch.
         tuned: likewise of a tuned LLM that reads the same ids, where the objective has one.
+        steps: [n] which of the m response tokens the labels are; None for all of them.
     """
 
     ids: list[int]
@@ -33,6 +35,7 @@ class Reading:
     positions: list[int]
     hidden: Tensor | None = None
     tuned: Tensor | None = None
+    steps: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,12 @@ class Collator:
     Args:
         templates: the frozen LLMs, asked for hidden states that no reading holds.
         tuned: the tuned LLM of the objective, if it has one.
+        bridges: for each template whose vocabulary is not the delta's, by its number, the way between them.
     """
 
     templates: Sequence[FrozenTemplate]
     tuned: FrozenTemplate | None = None
+    bridges: Mapping[int, Bridge] = field(default_factory=dict)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """For each role what :meth:`collate` returns."""
@@ -156,4 +161,5 @@ def _states(readings: Sequence[Reading], kept: Sequence[Tensor | None], model: F
     if len(states) < len(readings):
         by_index = dict(model.hidden_states([reading.ids for reading in readings], [r.start for r in readings]))
         states = [by_index[index] for index in range(len(readings))]
-    return torch.cat(states)
+    picked = zip(states, readings, strict=True)
+    return torch.cat([state if reading.steps is None else state[reading.steps] for state, reading in picked])

@@ -117,7 +117,7 @@ def train_delta(
     sets = {"train": training_set(encoder, objective, recipe.main, records, recipe.seed)}
     if "heldout" in records:
         sets["heldout"] = training_set(encoder, objective, "train", {"train": records["heldout"]}, recipe.seed)
-    collator = Collator(templates, tuned)
+    collator = Collator(templates, tuned, encoder.bridges)
     if process.is_main_process:
         open_folder(work, run, checkpoint)
     trainer = DeltaTrainer(student, collator, recipe, sets["train"], sets.get("heldout"), work)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from cmc_server.delta.prompt import Message, PromptEncoder
 from cmc_server.errors import ConfigError
 from cmc_server.training.batches import Example, Item, Reading, TrainingSet
+from cmc_server.training.bridge import Bridge
 from cmc_server.training.data import Record, Records
 from cmc_server.training.hidden_cache import HiddenCache
 from cmc_server.training.objectives import DPO, IdK, Objective
@@ -23,14 +24,14 @@ class ExampleEncoder:
     """Encodes answers for all readers of a run.
 
     Args:
-        templates: the frozen template LLMs, of one vocabulary.
+        templates: the frozen template LLMs; the delta has the vocabulary of the first one.
         tuned: the tuned LLM of the objective, if it has one; it reads what the first template reads.
         encoder: the delta's own prompt encoder, the one that serves it.
         cache: keeps the hidden states.
         max_length: records in which the delta would read more tokens are left out.
 
     Raises:
-        ConfigError: the vocabularies differ.
+        ConfigError: the tuned LLM has another vocabulary than the first template.
     """
 
     def __init__(
@@ -43,12 +44,17 @@ class ExampleEncoder:
     ) -> None:
         self.templates, self.tuned = templates, tuned
         self._encoder, self._cache, self._max_length = encoder, cache, max_length
-        for other in [*templates[1:], *([] if tuned is None else [tuned])]:
-            if other.tokenizer.get_vocab() != templates[0].tokenizer.get_vocab():
-                raise ConfigError(
-                    f"The LLMs {templates[0].name} and {other.name} have different vocabularies; choose LLMs that "
-                    "share one (the trained delta serves any other through a map)."
-                )
+        own = templates[0].tokenizer.get_vocab()
+        if tuned is not None and tuned.tokenizer.get_vocab() != own:
+            raise ConfigError(
+                f"The LLMs {templates[0].name} and {tuned.name} have different vocabularies; objective.tuned must be a "
+                "tuned copy of the template."
+            )
+        self.bridges = {
+            k: Bridge.between(template, templates[0])
+            for k, template in enumerate(templates)
+            if template.tokenizer.get_vocab() != own
+        }
 
     def encode(self, roles: Mapping[str, Sequence[Pair]]) -> list[Item]:
         """Items of one example for each role.
@@ -75,17 +81,26 @@ class ExampleEncoder:
         response = self.templates[0].encode_response(answer)
         delta_prompt = self._encoder.encode_messages(prompt)
         # The label of position t is token t + 1; the last token is only ever a label.
-        first = len(delta_prompt) - 1
-        positions = list(range(first, first + len(response)))
-        readings = []
-        for template in self.templates:
-            # Each template ends its answers in its own way; the delta never reads that last token.
-            labels = template.encode_response(answer)
-            if labels[:-1] != response[:-1]:
-                raise ConfigError(f"The LLMs {self.templates[0].name} and {template.name} spell {answer!r} apart.")
-            ids = template.encode_prompt(prompt)
-            readings.append(Reading([*ids, *labels[:-1]], len(ids) - 1, labels, positions))
-        return Example([*delta_prompt, *response[:-1]], tuple(readings))
+        delta_ids = [*delta_prompt, *response[:-1]]
+        readings = tuple(
+            self._reading(k, prompt, answer, delta_ids, len(delta_prompt)) for k in range(len(self.templates))
+        )
+        return Example(delta_ids, readings)
+
+    def _reading(
+        self, k: int, prompt: Sequence[Message], answer: str, delta_ids: list[int], num_prompt: int
+    ) -> Reading:
+        template = self.templates[k]
+        # Each template ends its answers in its own way; the delta never reads that last token.
+        ids, labels = template.encode_prompt(prompt), template.encode_response(answer)
+        reading = Reading([*ids, *labels[:-1]], len(ids) - 1, labels, list(range(num_prompt - 1, len(delta_ids))))
+        if k in self.bridges:
+            steps, positions = zip(*self.bridges[k].served(delta_ids[:num_prompt], labels, delta_ids), strict=True)
+            labels = [labels[step] for step in steps]
+            return replace(reading, labels=labels, positions=list(positions), steps=list(steps))
+        if labels[:-1] != delta_ids[num_prompt:]:
+            raise ConfigError(f"The LLMs {self.templates[0].name} and {template.name} spell {answer!r} apart.")
+        return reading
 
     def _with_states(self, examples: list[Example]) -> list[Example]:
         readings = [list(example.readings) for example in examples]

@@ -203,8 +203,8 @@ class Recipe(FrozenModel):
         name: the delta's name.
         description: one sentence for people.
         license: of the delta, as an SPDX identifier.
-        template: the frozen template LLM, a hub id or a folder, or a list of several with one vocabulary, whose losses
-            are averaged; ``--template`` wins.
+        template: the frozen template LLM, a hub id or a folder, or a list of several, whose losses are averaged; the
+            delta has the vocabulary of the first one. ``--template`` wins.
         delta: where the delta starts.
         data: what to learn.
         objective: how, the name of an objective, or a mapping of its ``name`` and options.

@@ -2,8 +2,8 @@
 
 Shapes: N response tokens (end of the answer included), V template logits, D delta logits, D <= V, S answers. The
 template LLM gives l and p = softmax(l); the delta gives d; steered, by the rule of serving at strength 1,
-q = softmax(l + d). Template and delta share a vocabulary; columns that pad the template's logits beyond it stay as they
-are.
+q = softmax(l + d). Where template and delta have different vocabularies, d goes through the map; columns that pad the
+template's logits beyond its vocabulary stay as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Answers:
         labels: [N] int64, the tokens that follow.
         rows: [N] int64, ascending: the answer, 0 to S - 1, that a token belongs to.
         tuned_logits: [N, V] of a second, tuned LLM, without gradient, where the objective has one.
+        delta_ids: [V'] int64, the vocabulary map; None where template and delta share a vocabulary.
     """
 
     template_logits: Tensor
@@ -34,11 +35,12 @@ class Answers:
     labels: Tensor
     rows: Tensor
     tuned_logits: Tensor | None = None
+    delta_ids: Tensor | None = None
 
     @property
     def fused_logits(self) -> Tensor:
         """l + d at strength 1, [N, V] float32."""
-        return fuse(self.template_logits, [Shift(self.delta_logits, None, 1.0)])
+        return fuse(self.template_logits, [Shift(self.delta_logits, self.delta_ids, 1.0)])
 
 
 def label_loss(answers: Answers) -> Tensor:

@@ -128,6 +128,8 @@ def answers_by_template(
     """
     for k, template in enumerate(collator.templates):
         answers = {}
+        bridge = collator.bridges.get(k)
+        delta_ids = None if bridge is None else bridge.delta_ids.to(template.model.device)
         for role, part in batch.items():
             reading, logits = part["readings"][k], delta_logits[role]
             answers[role] = Answers(
@@ -136,6 +138,7 @@ def answers_by_template(
                 labels=reading["labels"],
                 rows=reading["rows"],
                 tuned_logits=None if collator.tuned is None else collator.tuned.logits(reading["tuned"]),
+                delta_ids=delta_ids,
             )
         yield answers
 
