@@ -6,6 +6,7 @@ caller can hold.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,14 @@ from cmc_server.errors import ConfigError
 
 #: Tokens per forward pass, padding included; a single longer row still runs alone.
 MAX_TOKENS = 4096
+#: Bytes of states that a model keeps, so that a second strength costs no second pass over the user LLM.
+KEPT_BYTES = 2**30
 #: Rows shorter than this share of the longest one go into a batch of their own, which bounds what padding costs.
 _LEAST_FILLED = 0.75
+
+
+#: Ids and positions of a row.
+_Key = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,18 +42,21 @@ class Row:
 
 
 class SplitModel:
-    """A frozen causal LM, split before its output head.
+    """A frozen causal LM, split before its output head. States of rows that were read lately are kept.
 
     Args:
         model: in eval mode, on its device.
         name: what error messages call it.
+        kept_bytes: how many bytes of states are kept.
 
     Raises:
         ConfigError: its logits are not what its head makes of its last hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, kept_bytes: int = KEPT_BYTES) -> None:
         self.model = model
+        self._kept: OrderedDict[_Key, Tensor] = OrderedDict()
+        self.kept_bytes, self._used_bytes = kept_bytes, 0
         self._head = model.get_output_embeddings()
         config = model.config.get_text_config()
         self._factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -65,16 +75,30 @@ class SplitModel:
         Returns:
             For each row [len(positions), H] in the model's type, on its device.
         """
-        found: dict[int, Tensor] = {}
+        keys = [(tuple(row.ids), tuple(row.positions)) for row in rows]
+        # A dictionary of rows to read also reads a row once that is asked for twice.
+        found = {key: self._kept[key] for key in keys if key in self._kept}
+        missing = list(dict.fromkeys(key for key in keys if key not in found))
         device = self.model.device
-        for batch in _batches([len(row.ids) for row in rows]):
-            longest = max(len(rows[index].ids) for index in batch)
-            ids = [[*rows[index].ids, *[0] * (longest - len(rows[index].ids))] for index in batch]
+        for batch in _batches([len(ids) for ids, _ in missing]):
+            longest = max(len(missing[index][0]) for index in batch)
+            ids = [[*missing[index][0], *[0] * (longest - len(missing[index][0]))] for index in batch]
             hidden = self.model.base_model(input_ids=torch.tensor(ids, device=device), use_cache=False)[0]
             for place, index in enumerate(batch):
-                wanted = torch.tensor(rows[index].positions, dtype=torch.int64, device=device)
-                found[index] = hidden[place].index_select(0, wanted)
-        return [found[index] for index in range(len(rows))]
+                wanted = torch.tensor(missing[index][1], dtype=torch.int64, device=device)
+                found[missing[index]] = hidden[place].index_select(0, wanted)
+        for key in missing:
+            self._keep(key, found[key])
+        return [found[key] for key in keys]
+
+    def _keep(self, key: _Key, states: Tensor) -> None:
+        """Keep states in place of the oldest ones; what is larger than all the room is not kept."""
+        if states.nbytes > self.kept_bytes:
+            return
+        while self._used_bytes + states.nbytes > self.kept_bytes:
+            self._used_bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept[key] = states
+        self._used_bytes += states.nbytes
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:

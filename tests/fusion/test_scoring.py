@@ -34,7 +34,11 @@ CHAT: list[Message] = [{"role": "user", "content": "What is rain?"}]
 
 @pytest.fixture(scope="module")
 def fused(steered: Steered) -> FusedLM:
-    return FusedLM.load(steered.user, steered.deltas)
+    """Keeps no states, so that every test computes what it compares."""
+    fused = FusedLM.load(steered.user, steered.deltas)
+    for model in (fused.model, *(delta.model for delta in fused.loaded.values())):
+        model.kept_bytes = 0
+    return fused
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,15 @@ def test_small_budgets_change_nothing(fused: FusedLM, monkeypatch: pytest.Monkey
     monkeypatch.setattr(states, "MAX_TOKENS", 30)
     for one, other in zip(whole, fused.score_batch(pairs, {"other": 1.0}), strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+def test_kept_states_change_nothing(fused: FusedLM, steered: Steered) -> None:
+    pairs: list[Pair] = [("The quick", text) for text in TEXTS]
+    keeping = FusedLM.load(steered.user, steered.deltas)
+    for strength in (0.0, 1.0, 1.0, -0.5):
+        kept = keeping.score_batch(pairs, {"other": strength})
+        for one, other in zip(kept, fused.score_batch(pairs, {"other": strength}), strict=True):
+            torch.testing.assert_close(one, other, **TOLERANCE)
 
 
 def test_strength_zero_is_the_model_itself(fused: FusedLM) -> None:

@@ -1,0 +1,62 @@
+"""The split model keeps what it has read, within its room."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cmc_server.fusion.states import Row, SplitModel
+
+HIDDEN = 16
+ROW_BYTES = 2 * HIDDEN * 4  # two positions, float32
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": HIDDEN, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+
+
+def rows(*firsts: int) -> list[Row]:
+    return [Row([first, 2, 3, 4], [1, 3]) for first in firsts]
+
+
+class Reads:
+    """Counts the rows that a model reads."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.count = 0
+        model.base_model.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        self.count += len(kwargs["input_ids"])
+
+
+def test_a_row_is_read_once_and_equals_a_plain_pass(model: LlamaForCausalLM) -> None:
+    split, reads = SplitModel(model, "x"), Reads(model)
+    first = split.states(rows(5, 6, 5))
+    assert reads.count == 2
+    second = split.states([*rows(6, 7), Row([6, 2, 3, 4], [2])])
+    assert reads.count == 4  # other positions of a row are another row
+    assert torch.equal(first[0], first[2]) and torch.equal(first[1], second[0])
+    plain = model.base_model(input_ids=torch.tensor([[6, 2, 3, 4]])).last_hidden_state[0]
+    torch.testing.assert_close(second[0], plain[[1, 3]])
+    torch.testing.assert_close(second[2], plain[[2]])
+
+
+def test_the_oldest_states_make_room(model: LlamaForCausalLM) -> None:
+    split, reads = SplitModel(model, "x", kept_bytes=2 * ROW_BYTES), Reads(model)
+    for first in (5, 6, 7):
+        split.states(rows(first))
+    split.states(rows(6, 7))
+    assert reads.count == 3
+    split.states(rows(5))
+    assert reads.count == 4
+
+
+def test_nothing_is_kept_without_room(model: LlamaForCausalLM) -> None:
+    split, reads = SplitModel(model, "x", kept_bytes=0), Reads(model)
+    before, after = split.states(rows(5)), split.states(rows(5))
+    assert reads.count == 2 and torch.equal(before[0], after[0])
