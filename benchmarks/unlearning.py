@@ -1,0 +1,188 @@
+"""Unlearning on two LLMs of different vocabularies: one delta for both, against LoRA and full fine-tuning of each.
+
+    python benchmarks/unlearning.py --work FOLDER [--seeds 1 2 3] [--limit 40] [--steps tune delta lora full evaluate]
+
+Works in FOLDER, step by step; what lies there finished is not made again, so a run can be stopped and gone on with.
+
+tune      both demo models on TOFU's forget01 and 160 retain questions, and on the retain questions alone (the oracle)
+delta     the shipped recipe beside the tuned SmolLM2, once for each seed
+lora      gradient difference on LoRA adapters of each tuned LLM, once for each seed
+full      gradient difference on all weights of each tuned LLM, once for each seed
+evaluate  TOFU and neutral texts: the retain-only LLMs, the deltas at every strength on both LLMs, and the baselines
+
+Prints a table and, as its last line, one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import cmc_server
+
+RECIPES = Path(cmc_server.__file__).parent / "demo" / "recipes"
+MODELS = ("smollm2", "gemma3")
+STRENGTHS = ("0", "0.25", "0.5", "1", "1.5")
+STEPS = ("tune", "delta", "lora", "full", "evaluate")
+#: Each baseline's learning rate and epochs; the objective is the delta's.
+BASELINES: dict[str, dict[str, Any]] = {
+    "lora": {"epochs": 10, "batch_size": 4, "learning_rate": 5.0e-4, "mixed_precision": "bf16"},
+    "full": {"epochs": 5, "batch_size": 4, "learning_rate": 2.0e-5, "mixed_precision": "bf16"},
+}
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+
+
+def run(*words: str | Path) -> None:
+    """A command of the package; its output passes through."""
+    subprocess.run([sys.executable, "-m", *map(str, words)], check=True)
+
+
+def make(folder: Path, action: Callable[[], None]) -> None:
+    """Do something that makes a folder, unless it is there; record how long it took."""
+    if folder.exists():
+        return
+    print(f"making {folder.name}", file=sys.stderr)
+    began = time.perf_counter()
+    action()
+    with (folder.parent / "seconds.jsonl").open("a") as log:
+        log.write(json.dumps({"made": folder.name, "seconds": round(time.perf_counter() - began)}) + "\n")
+
+
+def tune(work: Path) -> None:
+    for model in MODELS:
+        for files in ("full", "retain"):
+            folder = work / f"{model}-{files}"
+            make(folder, lambda m=model, f=files, o=folder: run("cmc_server.demo.tofu_models", m, f, "--output", o))
+
+
+def train_delta(work: Path, seed: int) -> None:
+    folder = work / f"delta-{seed}"
+
+    def train() -> None:
+        recipe = yaml.safe_load((RECIPES / "forget-tofu.yaml").read_text())
+        for source in (recipe["data"]["forget"], recipe["data"]["retain"]):
+            source["file"] = str((RECIPES / source["file"]).resolve())
+        path = work / f"delta-{seed}.yaml"
+        path.write_text(yaml.safe_dump(recipe | {"seed": seed}))
+        run("cmc_server", "train", path, "--template", work / "smollm2-full", "--output", folder)
+
+    make(folder, train)
+
+
+def train_baseline(work: Path, kind: str, model: str, seed: int) -> None:
+    """Unlearn in the tuned LLM's own weights."""
+    folder = work / f"{model}-{kind}-{seed}"
+
+    def train() -> None:
+        import torch
+        from peft import LoraConfig
+
+        from cmc_server.training.direct import train_llm
+        from cmc_server.training.recipes import Recipe
+
+        recipe = yaml.safe_load((RECIPES / "forget-tofu.yaml").read_text())
+        recipe |= {"seed": seed, "template": str(work / f"{model}-full"), "optimisation": BASELINES[kind]}
+        recipe |= {"checkpoint": {"save_strategy": "no"}}
+        lora = LoraConfig(**LORA) if kind == "lora" else None
+        tuned = train_llm(Recipe.model_validate(recipe), RECIPES, lora)
+        part = folder.with_name(f".{folder.name}.part")
+        tuned.to(torch.bfloat16).save_pretrained(part)
+        for path in (work / f"{model}-full").iterdir():
+            if not (part / path.name).exists():
+                shutil.copy(path, part)
+        part.rename(folder)
+
+    make(folder, train)
+
+
+def evaluate(work: Path, name: str, user: str, limit: int, *more: str | Path) -> Path:
+    """TOFU and neutral texts of one LLM with or without a delta; the file of the results."""
+    folder = work / "results" / name
+    folder.parent.mkdir(exist_ok=True)
+    suites = ("--suite", "tofu", "retained", "--limit", str(limit))
+    make(folder, lambda: run("cmc_server", "eval", work / user, *suites, "--output", folder, *more))
+    return folder / "results.json"
+
+
+def evaluate_all(work: Path, seeds: Sequence[int], limit: int) -> dict[str, Any]:
+    """By LLM and method, for each strength the figures of every seed."""
+    table: dict[str, Any] = {}
+    for model in MODELS:
+        oracle = evaluate(work, f"{model}-retain", f"{model}-retain", limit)
+        against = ("--retain-only", oracle)
+        found = []
+        for seed in seeds:
+            delta = ("--delta", f"forget={work / f'delta-{seed}'}", "--strengths", *STRENGTHS)
+            found.append(evaluate(work, f"{model}-delta-{seed}", f"{model}-full", limit, *delta, *against))
+        table[model] = {"retain only": figures([oracle]), "delta": figures(found)}
+        for kind in BASELINES:
+            made = [name for seed in seeds if (work / (name := f"{model}-{kind}-{seed}")).exists()]
+            if made:
+                table[model][kind] = figures([evaluate(work, name, name, limit, *against) for name in made])
+    return table
+
+
+def figures(paths: Sequence[Path]) -> dict[str, dict[str, list[float]]]:
+    """Strength to metric to one figure for each seed."""
+    by_strength: dict[str, dict[str, list[float]]] = {}
+    for path in paths:
+        suites = json.loads(path.read_text())["suites"]
+        for tofu, neutral in zip(suites["tofu"]["by_strength"], suites["retained"]["by_strength"], strict=True):
+            metrics = by_strength.setdefault(f"{tofu['strength']:g}", {})
+            for name in ("forget", "retain", "real_authors", "world_facts"):
+                summary = tofu["sets"][name]["summary"]
+                for figure in ("probability", "rouge_l_recall"):
+                    metrics.setdefault(f"{name}_{figure}", []).append(round(summary[figure]["mean"], 4))
+            metrics.setdefault("model_utility", []).append(round(tofu["model_utility_geometric"]["mean"], 4))
+            metrics.setdefault("neutral_loss", []).append(round(neutral["loss"]["mean"], 4))
+            if "forget_quality" in tofu:
+                quality = tofu["forget_quality"]["geometric"]["p_value"]
+                metrics.setdefault("forget_quality", []).append(quality)
+    return by_strength
+
+
+def show(table: dict[str, Any]) -> None:
+    shown = ("forget_probability", "forget_rouge_l_recall", "retain_probability", "model_utility", "forget_quality")
+    print(f"| LLM | method | strength | {' | '.join(name.replace('_', ' ') for name in shown)} |")
+    print(f"|{'---|' * (len(shown) + 3)}")
+    for model, methods in table.items():
+        for method, by_strength in methods.items():
+            for strength, metrics in by_strength.items():
+                cells = [", ".join(f"{value:.3g}" for value in metrics.get(name, [])) for name in shown]
+                print(f"| {model} | {method} | {strength} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--limit", type=int, default=40, help="questions of each of TOFU's sets")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    options = parser.parse_args()
+    work: Path = options.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    if "tune" in options.steps:
+        tune(work)
+    for seed in options.seeds:
+        if "delta" in options.steps:
+            train_delta(work, seed)
+        for kind in BASELINES:
+            for model in MODELS if kind in options.steps else ():
+                train_baseline(work, kind, model, seed)
+    if "evaluate" in options.steps:
+        table = evaluate_all(work, options.seeds, options.limit)
+        show(table)
+        print(json.dumps({"benchmark": "unlearning", "limit": options.limit, "seeds": options.seeds, "results": table}))
+
+
+if __name__ == "__main__":
+    main()
