@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cmc_server.config import Unmapped
 
@@ -52,12 +53,8 @@ def fuse(logits: Tensor, shifts: Sequence[Shift], unmapped: Unmapped = "zero") -
     total = torch.zeros_like(base)
     mapped = torch.zeros(base.shape[-1], dtype=torch.bool, device=base.device)
     for shift in shifts:
-        delta_ids = _padded(shift, base.shape[-1])
-        in_map = delta_ids >= 0
-        delta_logits = shift.delta_logits.float()
-        # gather: for these shapes its backward is several times faster than that of indexing by a tensor.
-        gathered = delta_logits.gather(1, delta_ids.clamp(min=0).expand(delta_logits.shape[0], -1))
-        total = total + _column(shift.strength) * torch.where(in_map, gathered, 0.0)
+        values, in_map = _spread(shift, base.shape[-1])
+        total = total + _column(shift.strength) * values
         mapped = mapped | in_map
     fused = base + total
     if unmapped == "preserve" and shifts:
@@ -105,13 +102,20 @@ def _correction(base: Tensor, fused: Tensor, mapped: Tensor) -> Tensor:
     return torch.where(before == -torch.inf, 0.0, before - after)
 
 
-def _padded(shift: Shift, num_columns: int) -> Tensor:
-    """The map for exactly ``num_columns`` columns."""
-    delta_ids = shift.delta_ids
-    if delta_ids is None:
-        delta_ids = torch.arange(shift.delta_logits.shape[-1], device=shift.delta_logits.device)
-    missing = num_columns - delta_ids.numel()
-    return torch.nn.functional.pad(delta_ids, (0, missing), value=-1) if missing > 0 else delta_ids[:num_columns]
+def _spread(shift: Shift, num_columns: int) -> tuple[Tensor, Tensor]:
+    """s of the rule for every column, [R, U] float32, and which columns are mapped, [U] bool."""
+    delta_logits = shift.delta_logits.float()
+    if shift.delta_ids is None:
+        width = min(delta_logits.shape[-1], num_columns)
+        values = delta_logits[:, :width]
+        in_map = torch.arange(num_columns, device=values.device) < width
+        return values if width == num_columns else pad(values, (0, num_columns - width)), in_map
+    missing = num_columns - shift.delta_ids.numel()
+    delta_ids = pad(shift.delta_ids, (0, missing), value=-1) if missing > 0 else shift.delta_ids[:num_columns]
+    in_map = delta_ids >= 0
+    # gather: for these shapes its backward is several times faster than that of indexing by a tensor.
+    gathered = delta_logits.gather(1, delta_ids.clamp(min=0).expand(delta_logits.shape[0], -1))
+    return torch.where(in_map, gathered, 0.0), in_map
 
 
 def _column(strength: float | Tensor) -> float | Tensor:
