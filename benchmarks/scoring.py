@@ -18,19 +18,16 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from benchmark_report import describe_machine, keep
 
 import cmc_server
 from cmc_server.demo.models import demo_model
@@ -48,14 +45,11 @@ def main() -> None:
     torch.set_num_threads(1)
     report = {
         "benchmark": "scoring",
-        "machine": _machine(),
+        "machine": {**describe_machine("torch", "tokenizers", "transformers"), "threads_used": 1},
         "chats": arguments.chats,
         "models": {name: _measure(name, arguments) for name in arguments.user or ("smollm2", "gemma3")},
     }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    keep(report, arguments.output)
 
 
 def _arguments() -> argparse.Namespace:
@@ -159,21 +153,6 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
     started = time.process_time()
     value = call()
     return time.process_time() - started, value
-
-
-def _machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_average_1min": round(os.getloadavg()[0], 1),
-        "threads_used": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "tokenizers", "transformers")},
-    }
 
 
 if __name__ == "__main__":

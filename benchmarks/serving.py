@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import random
 import socket
 import statistics
@@ -28,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from benchmark_report import describe_machine, keep
 
 PLAIN_VLLM = """
 import sys
@@ -189,6 +187,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--output", type=Path, help="also write the report here")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=["--enforce-eager"], help="more server arguments")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -212,7 +211,7 @@ def main() -> int:
         results = measure(args, plain, ours, limits)
     report = {
         "benchmark": "serving",
-        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine("torch", "transformers"),
         "user": args.user.name,
         "delta": args.delta.name,
         "tokens": args.tokens,
@@ -220,11 +219,9 @@ def main() -> int:
         "results": results,
         "gemm_gflops": round(limits[0] / 1e9, 1),
         "bandwidth_gb_s": round(limits[1] / 1e9, 1),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "threads": args.threads,
     }
-    print(json.dumps(report))
+    keep(report, args.output)
     return 0
 
 

@@ -13,20 +13,17 @@ last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import random
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from benchmark_report import describe_machine, keep
 from transformers import set_seed
 
 import cmc_server
@@ -56,7 +53,11 @@ def main() -> None:
             "template": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "delta": DELTA,
             "data": {"train": arguments.data.name},
-            "optimisation": {"epochs": arguments.epochs, "batch_size": arguments.batch_size, "learning_rate": 2e-3},
+            "optimisation": {
+                "epochs": arguments.epochs,
+                "batch_size": arguments.batch_size,
+                "learning_rate": 2e-3,
+            },
             "checkpoint": {"save_strategy": "no"},
             "output": {"folder": "unused"},
         },
@@ -76,8 +77,13 @@ def main() -> None:
     speedup = runs["none"]["seconds"] / runs["memory"]["seconds"]
     report = {
         "benchmark": "training_cache",
-        "machine": _machine(template),
+        "machine": {
+            **describe_machine("torch", "transformers", "accelerate"),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "threads_used": torch.get_num_threads(),
+        },
         "data": {**records.provenance, **work},
+        "template_dtype": str(template.dtype).removeprefix("torch."),
         "epochs": arguments.epochs,
         "batch_size": arguments.batch_size,
         "runs": {"with_cache": runs["memory"], "without_cache": runs["none"]},
@@ -85,10 +91,7 @@ def main() -> None:
         "speedup_in_cpu_seconds": round(runs["none"]["cpu_seconds"] / runs["memory"]["cpu_seconds"], 2),
         "speedup_bound": round(bound, 2),
     }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    keep(report, arguments.output)
 
 
 def _arguments() -> argparse.Namespace:
@@ -156,24 +159,6 @@ def _bound(work: dict[str, int], epochs: int) -> float:
     rest = 2 * work["template_head"] * work["labels"]
     rest += 6 * (work["delta_body"] * work["delta_tokens"] + work["delta_head"] * work["labels"])
     return epochs * (frozen + rest) / (frozen + epochs * rest)
-
-
-def _machine(template: FrozenTemplate) -> dict[str, Any]:
-    device = template.model.device.type
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "template_dtype": str(template.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-    }
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

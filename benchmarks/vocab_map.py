@@ -11,20 +11,16 @@ checks the map of these tokens against the all-pairs reference. The last line is
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from benchmark_report import describe_machine, keep
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
@@ -41,11 +37,9 @@ def main() -> None:
     arguments = _arguments()
     pairs = [tuple(pair) for pair in arguments.pair] or _demo_pairs()
     results = {label: _measure(user, delta, arguments) for label, user, delta in pairs}
-    report = {"benchmark": "vocab_map", "machine": _machine(), "maps": results}
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    machine = {**describe_machine("numpy", "rapidfuzz", "tokenizers", "transformers"), "threads_used": 1}
+    report = {"benchmark": "vocab_map", "machine": machine, "maps": results}
+    keep(report, arguments.output)
 
 
 def _arguments() -> argparse.Namespace:
@@ -114,20 +108,6 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
     started = time.perf_counter()
     value = call()
     return time.perf_counter() - started, value
-
-
-def _machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads_used": 1,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "rapidfuzz", "tokenizers", "transformers")},
-    }
 
 
 if __name__ == "__main__":
