@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cmc_server.config import Unmapped, first_problem
 from cmc_server.errors import DeltaError
 
 MANIFEST_FILE = "cmc_delta.json"
+
+
+def _compiled(template: str) -> str:
+    from cmc_server.delta.prompt import compile_template
+
+    compile_template(template)
+    return template
+
+
+#: Source of a Jinja template that compiles in the sandbox.
+PromptTemplate = Annotated[str, Field(max_length=65_536), AfterValidator(_compiled)]
 
 
 class DeltaManifest(BaseModel):
@@ -42,21 +53,12 @@ class DeltaManifest(BaseModel):
     objective: str | None = None
     default_strength: float = 1.0
     advised_range: tuple[float, float] | None = None
-    prompt_template: str | None = Field(default=None, max_length=65_536)
+    prompt_template: PromptTemplate | None = None
     bos: bool | None = None
     context_length: int | None = Field(default=None, ge=8)
     unmapped: Unmapped | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     license: str | None = None
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _compiles(cls, template: str | None) -> str | None:
-        if template is not None:
-            from cmc_server.delta.prompt import compile_template
-
-            compile_template(template)
-        return template
 
     @model_validator(mode="after")
     def _ordered(self) -> DeltaManifest:

@@ -10,7 +10,7 @@ from pydantic import model_validator as validator
 from pydantic_core.core_schema import SerializationInfo
 
 from cmc_server.config import FrozenModel, is_delta_name
-from cmc_server.delta.prompt import compile_template
+from cmc_server.delta.manifest import PromptTemplate
 from cmc_server.training.objectives import AnyObjective, InstructionTuning
 from cmc_server.training.recipe_file import ConflictError, read_yaml, validate
 
@@ -185,15 +185,8 @@ class Output(FrozenModel):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     default_strength: float = 1.0
     advised_range: tuple[float, float] | None = None
-    prompt_template: str | None = None
+    prompt_template: PromptTemplate | None = None
     bos: bool | None = None
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _compiles(cls, template: str | None) -> str | None:
-        if template is not None:
-            compile_template(template)
-        return template
 
 
 class Recipe(FrozenModel):
