@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,9 +73,13 @@ def run_eval(options: EvalOptions, as_json: bool = False) -> int:
     deltas = {delta.name: delta.path for delta in options.deltas}
     model = FusedLM.load(options.user, deltas, dtype=options.dtype, device=options.device)
     measurement = _measurement(options, model, inputs.artifacts)
-    results = _header(options, inputs.artifacts)
-    results["suites"] = _measure(options, inputs, measurement, model)
+    results = _header(options, inputs.artifacts) | {"finished": False, "suites": {}}
     try:
+        for suite, content in _measure(options, inputs, measurement, model):
+            results["suites"][suite] = content
+            # What took long is not lost if a later suite fails.
+            write_results(results, options.output)
+        results["finished"] = True
         _write(options, results)
     except OSError as error:
         raise ConfigError(f"The results cannot be written to {options.output}: {error.strerror}.") from None
@@ -143,26 +147,28 @@ def _measurement(options: EvalOptions, model: FusedLM, artifacts: Sequence[Delta
     return Measurement(model, strengths, "preserve" if preserve else "zero", options.batch_size)
 
 
-def _measure(options: EvalOptions, inputs: _Inputs, measurement: Measurement, model: FusedLM) -> dict[str, Any]:
+def _measure(
+    options: EvalOptions, inputs: _Inputs, measurement: Measurement, model: FusedLM
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The chosen suites with what they found, one after the other."""
     chosen = set(options.suites)
-    suites: dict[str, Any] = {}
     if "tofu" in chosen:
-        suites["tofu"] = tofu_suite(options, measurement, inputs.tofu, inputs.retain_only)
+        yield "tofu", tofu_suite(options, measurement, inputs.tofu, inputs.retain_only)
     if chosen & {"retained", "sweep"}:
         retained, losses = retained_suite(options, measurement, inputs.texts)
         if inputs.effect is not None:
             forget = inputs.tofu.get(FORGET, [])
-            suites["sweep"] = sweep_suite(options, measurement, inputs.effect, inputs.tasks, forget, losses)
-        suites["retained"] = retained
+            yield "sweep", sweep_suite(options, measurement, inputs.effect, inputs.tasks, forget, losses)
+        yield "retained", retained
     if "alpaca" in chosen:
-        suites["alpaca"], answers = alpaca_suite(options, measurement, inputs.tasks)
-        _write_alpaca(options, suites["alpaca"], inputs.tasks, answers)
+        alpaca, answers = alpaca_suite(options, measurement, inputs.tasks)
+        _write_alpaca(options, alpaca, inputs.tasks, answers)
+        yield "alpaca", alpaca
     if "coverage" in chosen:
         folders = {artifact.name: str(artifact.path) for artifact in inputs.artifacts}
-        suites["coverage"] = coverage_suite(options, folders, _texts(inputs))
+        yield "coverage", coverage_suite(options, folders, _texts(inputs))
     if "shift" in chosen:
-        suites["shift"] = shift_suite(options, measurement, model, inputs.tasks)
-    return suites
+        yield "shift", shift_suite(options, measurement, model, inputs.tasks)
 
 
 def _texts(inputs: _Inputs) -> list[str]:

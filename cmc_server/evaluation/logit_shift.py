@@ -23,12 +23,13 @@ class ShiftDistance:
 
     Args:
         sinkhorn: debiased Sinkhorn divergence of the T points in R^K, divided by K; ignores the order of the steps.
+            None where its iteration did not converge.
         cosine: mean over the steps of the cosine between the two vectors; a step at which one is zero counts as 0.
         l1: mean over steps and tokens of |difference|, in nats.
         num_steps: T.
     """
 
-    sinkhorn: float
+    sinkhorn: float | None
     cosine: float
     l1: float
     num_steps: int
@@ -87,7 +88,6 @@ def compare_shifts(
 
     Raises:
         ValueError: there are no steps, the shapes do not fit, or a compared token is unmapped.
-        ArithmeticError: the Sinkhorn iteration did not converge.
     """
     if not first.shape[0] == second.shape[0] == tokens.shape[0] > 0:
         raise ValueError("both shifts and the compared tokens need the same steps, at least one")
@@ -95,8 +95,12 @@ def compare_shifts(
     if int(targets.min()) < 0:
         raise ValueError("a compared token is not mapped into the second vocabulary")
     x, y = first.double().gather(1, tokens), second.double().gather(1, targets)
+    try:
+        sinkhorn = sinkhorn_divergence(x, y, blur) / tokens.shape[1]
+    except ArithmeticError:
+        sinkhorn = None  # the other two figures stand, and so does the rest of an evaluation
     return ShiftDistance(
-        sinkhorn=sinkhorn_divergence(x, y, blur) / tokens.shape[1],
+        sinkhorn=sinkhorn,
         cosine=float(torch.cosine_similarity(x, y, dim=1).mean()),
         l1=float((x - y).abs().mean()),
         num_steps=x.shape[0],

@@ -214,7 +214,7 @@ def _shift(suite: Json, plot: Path | None) -> Section:
     table = Table(
         ["compared with", "Sinkhorn divergence", "cosine per step", "L1 per step", "steps"],
         [
-            [label, *(interval(one[metric]) for metric in ("sinkhorn", "cosine", "l1")), f"{one['num_steps']:,}"]
+            [label, _sinkhorn(one), interval(one["cosine"]), interval(one["l1"]), f"{one['num_steps']:,}"]
             for label, one in comparisons.items()
         ],
     )
@@ -228,6 +228,12 @@ def _shift(suite: Json, plot: Path | None) -> Section:
     )
     headline = f"The shifts point most alike for {best}, with a mean cosine of {interval(comparisons[best]['cosine'])}."
     return Section("Logit shifts", headline, words, [table], plot)
+
+
+def _sinkhorn(comparison: Json) -> str:
+    figure = "none" if comparison["sinkhorn"] is None else interval(comparison["sinkhorn"])
+    missing = comparison["num_unconverged"]
+    return f"{figure} (without {missing} answers on which it did not converge)" if missing else figure
 
 
 def interval(value: Json, digits: int = 3) -> str:

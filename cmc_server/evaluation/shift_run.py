@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cmc_server.config import Unmapped
 from cmc_server.errors import ConfigError
 from cmc_server.evaluation.bootstrap import bootstrap_mean
 from cmc_server.evaluation.engine import Measurement, Pair
@@ -23,9 +21,7 @@ from cmc_server.evaluation.logit_shift import (
 )
 from cmc_server.evaluation.options import EvalOptions
 from cmc_server.evaluation.prompts import Task
-from cmc_server.fusion.rule import Shift, fuse
 from cmc_server.fusion.scoring import FusedLM
-from cmc_server.fusion.states import Row
 from cmc_server.vocab.vocab_map import cached_map
 
 _FIGURES = ("sinkhorn", "cosine", "l1")
@@ -79,38 +75,16 @@ def shift_suite(
     }
 
 
-def step_logits(fused: FusedLM, pair: Pair, strengths: Mapping[str, float], unmapped: Unmapped = "zero") -> Tensor:
-    """[n, U] float32 fused logits before each of the n user tokens of a continuation.
-
-    Args:
-        fused: user LLM and deltas.
-        pair: prompt and continuation.
-        strengths: delta name to strength; those at 0 are left out.
-        unmapped: policy for tokens outside the maps.
-    """
-    prompt, continuation = fused.encode_prompt(pair[0]), fused.encode_continuation(pair[1])
-    before_first = len(prompt) - 1
-    row = Row([*prompt, *continuation[:-1]], range(before_first, before_first + len(continuation)))
-    logits = fused.model.logits(fused.model.states([row])[0])
-    shifts = []
-    for name, strength in strengths.items():
-        if strength:
-            delta = fused.loaded[name]
-            states, reads = delta.states([(delta.prompt_ids(pair[0], prompt), continuation)])
-            shifts.append(Shift(torch.where(reads, delta.model.logits(states), 0.0), delta.delta_ids, strength))
-    return fuse(logits, shifts, unmapped)
-
-
 def _against_delta(
     options: EvalOptions, measurement: Measurement, fused: FusedLM, tuned: FusedLM, pairs: Sequence[Pair]
 ) -> _Distances:
     strengths = [strength for strength in options.measured_strengths if strength]
     distances: _Distances = {f"delta at strength {strength:g}": [] for strength in strengths}
     for pair in pairs:
-        base, scores = step_logits(fused, pair, {}), step_logits(tuned, pair, {})
+        base, scores = fused.step_logits(pair, {}), tuned.step_logits(pair, {})
         first, tokens = logit_shift(scores, base), top_tokens(scores)
         for label, strength in zip(distances, strengths, strict=True):
-            steered = step_logits(fused, pair, measurement.strengths(strength), measurement.unmapped)
+            steered = fused.step_logits(pair, measurement.strengths(strength), unmapped=measurement.unmapped)
             distances[label].append(compare_shifts(first, logit_shift(steered, base), tokens))
     return distances
 
@@ -127,9 +101,9 @@ def _against_other(options: EvalOptions, fused: FusedLM, tuned: FusedLM, pairs: 
             continue  # one of the tokenizers normalises the text, so that places cannot be matched
         steps = shared_steps([len(one) for one in sizes], [len(one) for one in other_sizes])
         mine, its = ([step[side] for step in steps] for side in (0, 1))
-        scores = step_logits(tuned, pair, {})[mine]
-        first = logit_shift(scores, step_logits(fused, pair, {})[mine])
-        second = logit_shift(step_logits(after, pair, {})[its], step_logits(base, pair, {})[its])
+        scores = tuned.step_logits(pair, {})[mine]
+        first = logit_shift(scores, fused.step_logits(pair, {})[mine])
+        second = logit_shift(after.step_logits(pair, {})[its], base.step_logits(pair, {})[its])
         tokens = top_tokens(scores, delta_ids=delta_ids.to(scores.device))
         distances.append(compare_shifts(first, second, tokens, delta_ids.to(scores.device)))
     return distances
@@ -141,9 +115,11 @@ def _token_texts(fused: FusedLM, pair: Pair) -> list[bytes]:
 
 
 def _summary(distances: Sequence[ShiftDistance], seed: int) -> dict[str, Any]:
-    means = {name: bootstrap_mean([getattr(one, name) for one in distances], seed) for name in _FIGURES}
+    figures = {name: [getattr(one, name) for one in distances] for name in _FIGURES}
+    known = {name: [value for value in values if value is not None] for name, values in figures.items()}
     return {
-        **{name: asdict(mean) for name, mean in means.items()},
+        **{name: asdict(bootstrap_mean(values, seed)) if values else None for name, values in known.items()},
+        "num_unconverged": figures["sinkhorn"].count(None),
         "num_steps": sum(one.num_steps for one in distances),
         "items": [asdict(one) for one in distances],
     }

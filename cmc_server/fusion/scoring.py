@@ -190,7 +190,7 @@ class FusedLM:
     ) -> list[TokenScores]:
         """As :meth:`score_batch`, and whether each token is what greedy decoding would have chosen there."""
         strengths = self._active(deltas)
-        jobs = [_Job(prompt, self.encode_prompt(prompt), self.encode_continuation(text)) for prompt, text in pairs]
+        jobs = [self._job(pair) for pair in pairs]
         found: dict[int, TokenScores] = {}
         for group in _groups([job.length for job in jobs]):
             members = [jobs[index] for index in group]
@@ -254,33 +254,65 @@ class FusedLM:
         return {name: float(strength) for name, strength in deltas.items() if strength}
 
     @torch.inference_mode()
+    def step_logits(self, pair: Pair, deltas: Mapping[str, float], *, unmapped: Unmapped = "zero") -> Tensor:
+        """Fused logits before each user token of one continuation.
+
+        Args:
+            pair: as in :meth:`score_batch`.
+            deltas: as in :meth:`score_batch`.
+            unmapped: policy for tokens outside the maps.
+
+        Returns:
+            [n, U] float32, on the models' device.
+
+        Raises:
+            ConfigError: as in :meth:`score_batch`.
+        """
+        job = self._job(pair)
+        none = torch.zeros(0, self.model.num_logits, device=self.model.model.device)
+        return torch.cat([none, *self._fused_logits([job], self._active(deltas), unmapped)])
+
+    @torch.inference_mode()
     def _score(self, jobs: Sequence[_Job], strengths: Mapping[str, float], unmapped: Unmapped) -> list[TokenScores]:
-        """Hidden states of all jobs first, then logits in chunks of rows within the budget."""
         counts = [len(job.continuation) for job in jobs]
+        targets = torch.tensor([token for job in jobs for token in job.continuation], device=self.model.model.device)
+        log_probs, greedy = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+        start = 0
+        for fused in self._fused_logits(jobs, strengths, unmapped):
+            wanted = targets[start : start + len(fused)].unsqueeze(1)
+            log_probs.append(fused.log_softmax(dim=-1).gather(1, wanted)[:, 0].cpu())
+            greedy.append((fused.argmax(dim=-1) == wanted[:, 0]).cpu())
+            start += len(fused)
+        scores, choices = torch.split(torch.cat(log_probs), counts), torch.split(torch.cat(greedy), counts)
+        return [TokenScores(*parts) for parts in zip(scores, choices, strict=True)]
+
+    def _fused_logits(
+        self, jobs: Sequence[_Job], strengths: Mapping[str, float], unmapped: Unmapped
+    ) -> Iterator[Tensor]:
+        """[rows, U] float32 before all tokens of all continuations, in turn; as many rows as the budget allows.
+
+        The hidden states of all jobs come first, the logits from them chunk by chunk.
+        """
         user_states = self._user_states(jobs)
         shifting = []
         for name, strength in strengths.items():
             delta = self.loaded[name]
             read = [(delta.prompt_ids(job.prompt, job.user_ids), job.continuation) for job in jobs]
             shifting.append((delta, strength, *delta.states(read)))
-        targets = torch.tensor([token for job in jobs for token in job.continuation], device=user_states.device)
         columns = _ROW_COPIES * self.model.num_logits + sum(3 * delta.model.num_logits for delta, *_ in shifting)
         size = max(1, LOGIT_BYTES // (4 * columns))
-        log_probs, greedy = [], []
-        for start in range(0, len(targets), size):
+        for start in range(0, len(user_states), size):
             rows = slice(start, start + size)
             logits = self.model.logits(user_states[rows])
             shifts = [
                 Shift(torch.where(reads[rows], delta.model.logits(states[rows]), 0.0), delta.delta_ids, strength)
                 for delta, strength, states, reads in shifting
             ]
-            fused = fuse(logits, shifts, unmapped) if shifts else logits
-            wanted = targets[rows].unsqueeze(1)
-            log_probs.append(fused.log_softmax(dim=-1).gather(1, wanted)[:, 0].cpu())
-            greedy.append((fused.argmax(dim=-1) == wanted[:, 0]).cpu())
-        scores = torch.split(torch.cat([torch.zeros(0), *log_probs]), counts)
-        choices = torch.split(torch.cat([torch.zeros(0, dtype=torch.bool), *greedy]), counts)
-        return [TokenScores(*parts) for parts in zip(scores, choices, strict=True)]
+            yield fuse(logits, shifts, unmapped) if shifts else logits
+
+    def _job(self, pair: Pair) -> _Job:
+        prompt, continuation = pair
+        return _Job(prompt, self.encode_prompt(prompt), self.encode_continuation(continuation))
 
     def _user_states(self, jobs: Sequence[_Job]) -> Tensor:
         """[N, H]: the user LLM's last hidden state before each token of each continuation."""

@@ -274,3 +274,27 @@ def test_a_tuned_model_of_another_vocabulary(lab: Lab, tmp_path: Path, capsys: p
     words = ["--suite", "shift", "--prompts", lab.prompts, "--strengths", 1]
     assert run(lab, tmp_path / "out", *words, "--tuned", lab.other) == 2
     assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_what_was_measured_stays_when_a_later_suite_fails(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmc_server.evaluation.command.coverage_suite", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(lab, tmp_path, "--suite", "retained", "coverage", "--strengths", 1, "--limit", 2)
+    assert results(tmp_path)["finished"] is False and set(results(tmp_path)["suites"]) == {"retained"}
+
+
+def test_a_sinkhorn_iteration_that_does_not_end_costs_its_figure_alone(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmc_server.evaluation.sinkhorn._SWEEPS", 1)
+    monkeypatch.setattr("cmc_server.evaluation.sinkhorn._MAX_SWEEPS", 1)
+    words = ["--suite", "shift", "--tuned", lab.tuned, "--prompts", lab.prompts, "--strengths", 1, "--limit", 2]
+    assert run(lab, tmp_path, *words) == 0
+    (comparison,) = results(tmp_path)["suites"]["shift"]["comparisons"].values()
+    assert comparison["sinkhorn"] is None and comparison["num_unconverged"] == 2
+    assert "did not converge" in (tmp_path / "report.html").read_text("utf-8")
