@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,9 @@ def read_prompts(path: Path) -> list[Chat]:
 
 
 def generate(
-    model: str, delta: Path, chats: Sequence[Chat], strengths: Sequence[float], limit: int
-) -> dict[float, list[Answer]]:
-    """Greedy answers of one user LLM at every strength, all in one continuous batch."""
+    model: str, deltas: Mapping[str, Path], chats: Sequence[Chat], strengths: Sequence[float], limit: int
+) -> dict[str, dict[float, list[Answer]]]:
+    """Greedy answers of one user LLM with each delta at every strength, all in one continuous batch."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from cmc_server.config import ADDITIONAL_CONFIG_KEY, DeltaSource
@@ -52,8 +52,10 @@ def generate(
     from cmc_server.integrations.request_args import ActiveDelta, RequestControls
     from cmc_server.integrations.vllm_processor import CLASS_PATH
 
-    artifact = open_delta(DeltaSource(name="concise", path=str(delta)))
-    encoder = PromptEncoder(artifact.tokenizer(), artifact.manifest)
+    encoders = {}
+    for name, path in deltas.items():
+        artifact = open_delta(DeltaSource(name=name, path=str(path)))
+        encoders[name] = PromptEncoder(artifact.tokenizer(), artifact.manifest)
     llm = LLM(
         model,
         dtype="float32",
@@ -61,29 +63,38 @@ def generate(
         max_model_len=2048,
         max_num_seqs=64,
         logits_processors=[CLASS_PATH],
-        additional_config={ADDITIONAL_CONFIG_KEY: {"deltas": [{"name": "concise", "path": str(delta)}]}},
+        additional_config={
+            ADDITIONAL_CONFIG_KEY: {"deltas": [{"name": name, "path": str(path)} for name, path in deltas.items()]}
+        },
     )
     tokenizer = llm.get_tokenizer()
+    # The bare LLM answers once for all deltas.
+    wanted = [(name, strength) for name in deltas for strength in strengths if strength]
+    wanted = [*([("", 0.0)] if 0.0 in strengths else []), *wanted]
     prompts, parameters = [], []
     for chat in chats:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        for strength in strengths:
+        for name, strength in wanted:
             extra: dict[str, Any] = {}
             if strength:
-                active = ActiveDelta(name="concise", strength=strength, prompt_ids=encoder.encode_messages(chat))
+                prompt_ids = tuple(encoders[name].encode_messages(chat))
+                active = ActiveDelta(name=name, strength=strength, prompt_ids=prompt_ids)
                 extra = dict(RequestControls(deltas=(active,), unmapped="zero").to_extra_args())
             prompts.append(TokensPrompt(prompt_token_ids=ids))
             parameters.append(SamplingParams(temperature=0, max_tokens=limit, extra_args=extra or None))
     outputs = [output.outputs[0] for output in llm.generate(prompts, parameters)]
-    answers: dict[float, list[Answer]] = {strength: [] for strength in strengths}
-    for index, output in enumerate(outputs):
-        ended = output.finish_reason == "stop"
-        answers[strengths[index % len(strengths)]].append(
-            Answer(output.text.strip(), len(output.token_ids) - ended, ended)
-        )
     del llm
-    return answers
+    answers = [
+        Answer(output.text.strip(), len(output.token_ids) - ended, ended)
+        for output in outputs
+        for ended in [output.finish_reason == "stop"]
+    ]
+    by_run = {run: answers[index :: len(wanted)] for index, run in enumerate(wanted)}
+    return {
+        name: {strength: by_run[(name, strength) if strength else ("", 0.0)] for strength in strengths}
+        for name in deltas
+    }
 
 
 def show_samples(model: str, chats: Sequence[Chat], answers: dict[float, list[Answer]]) -> None:
@@ -107,7 +118,7 @@ def main() -> None:
     sweeps = {}
     for entry in options.models:
         name, _, folder = entry.partition("=")
-        answers = generate(folder, options.delta, chats, options.strengths, options.limit)
+        answers = generate(folder, {"concise": options.delta}, chats, options.strengths, options.limit)["concise"]
         show_samples(name, chats, answers)
         sweeps[name] = summarise_sweep(answers)
     print(f"\n{markdown_table(sweeps)}")

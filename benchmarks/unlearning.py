@@ -22,12 +22,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from benchmark_report import describe_machine, keep
+from numpy.typing import ArrayLike
 
 import cmc_server
+from cmc_server.evaluation.bootstrap import bootstrap_mean
 
 RECIPES = Path(cmc_server.__file__).parent / "demo" / "recipes"
 MODELS = ("smollm2", "gemma3")
@@ -57,8 +62,15 @@ def make(folder: Path, action: Callable[[], None]) -> None:
         log.write(json.dumps({"made": folder.name, "seconds": round(time.perf_counter() - began)}) + "\n")
 
 
-def tune(work: Path) -> None:
-    for model in MODELS:
+def seconds(work: Path) -> dict[str, int]:
+    """What was made in this folder, and how long it took."""
+    lines = [line for log in (work, work / "results") for line in (log / "seconds.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in lines]
+    return {entry["made"]: entry["seconds"] for entry in entries}
+
+
+def tune(work: Path, models: Sequence[str]) -> None:
+    for model in models:
         for files in ("full", "retain"):
             folder = work / f"{model}-{files}"
             make(folder, lambda m=model, f=files, o=folder: run("cmc_server.demo.tofu_models", m, f, "--output", o))
@@ -108,15 +120,18 @@ def evaluate(work: Path, name: str, user: str, limit: int, *more: str | Path) ->
     """TOFU and neutral texts of one LLM with or without a delta; the file of the results."""
     folder = work / "results" / name
     folder.parent.mkdir(exist_ok=True)
+    results = folder / "results.json"
+    if folder.exists() and not (results.exists() and json.loads(results.read_text())["finished"]):
+        shutil.rmtree(folder)  # an evaluation that was stopped
     suites = ("--suite", "tofu", "retained", "--limit", str(limit))
     make(folder, lambda: run("cmc_server", "eval", work / user, *suites, "--output", folder, *more))
-    return folder / "results.json"
+    return results
 
 
-def evaluate_all(work: Path, seeds: Sequence[int], limit: int) -> dict[str, Any]:
+def evaluate_all(work: Path, models: Sequence[str], seeds: Sequence[int], limit: int) -> dict[str, Any]:
     """By LLM and method, for each strength the figures of every seed."""
     table: dict[str, Any] = {}
-    for model in MODELS:
+    for model in models:
         oracle = evaluate(work, f"{model}-retain", f"{model}-retain", limit)
         against = ("--retain-only", oracle)
         found = []
@@ -131,34 +146,59 @@ def evaluate_all(work: Path, seeds: Sequence[int], limit: int) -> dict[str, Any]
     return table
 
 
-def figures(paths: Sequence[Path]) -> dict[str, dict[str, list[float]]]:
-    """Strength to metric to one figure for each seed."""
-    by_strength: dict[str, dict[str, list[float]]] = {}
-    for path in paths:
-        suites = json.loads(path.read_text())["suites"]
-        for tofu, neutral in zip(suites["tofu"]["by_strength"], suites["retained"]["by_strength"], strict=True):
-            metrics = by_strength.setdefault(f"{tofu['strength']:g}", {})
-            for name in ("forget", "retain", "real_authors", "world_facts"):
-                summary = tofu["sets"][name]["summary"]
-                for figure in ("probability", "rouge_l_recall"):
-                    metrics.setdefault(f"{name}_{figure}", []).append(round(summary[figure]["mean"], 4))
-            metrics.setdefault("model_utility", []).append(round(tofu["model_utility_geometric"]["mean"], 4))
-            metrics.setdefault("neutral_loss", []).append(round(neutral["loss"]["mean"], 4))
-            if "forget_quality" in tofu:
-                quality = tofu["forget_quality"]["geometric"]["p_value"]
-                metrics.setdefault("forget_quality", []).append(quality)
+def figures(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Strength to metric to its mean over the seeds and the mean of each seed.
+
+    Where single questions have figures, the 95% bootstrap interval over the questions comes with them.
+    """
+    suites = [json.loads(path.read_text())["suites"] for path in paths]
+    by_strength = {}
+    for index, first in enumerate(suites[0]["tofu"]["by_strength"]):
+        tofu = [one["tofu"]["by_strength"][index] for one in suites]
+        found: dict[str, Any] = {}
+        for name in ("forget", "retain", "real_authors", "world_facts"):
+            for figure in ("probability", "rouge_l_recall"):
+                items = np.array([one["sets"][name]["items"][figure] for one in tofu])
+                found[f"{name}_{figure}"] = asdict(bootstrap_mean(items.mean(0))) | _seeds(items.mean(1))
+        for kind in ("geometric", "arithmetic"):
+            found[f"model_utility_{kind}"] = _seeds([one[f"model_utility_{kind}"]["mean"] for one in tofu])
+            if "forget_quality" in first:
+                found[f"forget_quality_{kind}"] = _seeds([one["forget_quality"][kind]["p_value"] for one in tofu])
+        found["neutral_loss"] = _seeds([one["retained"]["by_strength"][index]["loss"]["mean"] for one in suites])
+        by_strength[f"{first['strength']:g}"] = found
     return by_strength
 
 
+def _seeds(values: ArrayLike) -> dict[str, Any]:
+    each = np.asarray(values, dtype=np.float64)
+    return {"mean": float(each.mean()), "seeds": [float(f"{value:.4g}") for value in each]}
+
+
+SHOWN = {
+    "forget_probability": "forget P",
+    "forget_rouge_l_recall": "forget ROUGE-L",
+    "retain_probability": "retain P",
+    "retain_rouge_l_recall": "retain ROUGE-L",
+    "model_utility_geometric": "model utility",
+    "forget_quality_geometric": "forget quality",
+    "neutral_loss": "neutral loss",
+}
+
+
 def show(table: dict[str, Any]) -> None:
-    shown = ("forget_probability", "forget_rouge_l_recall", "retain_probability", "model_utility", "forget_quality")
-    print(f"| LLM | method | strength | {' | '.join(name.replace('_', ' ') for name in shown)} |")
-    print(f"|{'---|' * (len(shown) + 3)}")
+    print(f"| LLM | method | strength | {' | '.join(SHOWN.values())} |")
+    print(f"|{'---|' * (len(SHOWN) + 3)}")
     for model, methods in table.items():
         for method, by_strength in methods.items():
-            for strength, metrics in by_strength.items():
-                cells = [", ".join(f"{value:.3g}" for value in metrics.get(name, [])) for name in shown]
+            for strength, found in by_strength.items():
+                cells = [_cell(found[figure]) if figure in found else "" for figure in SHOWN]
                 print(f"| {model} | {method} | {strength} | {' | '.join(cells)} |")
+
+
+def _cell(one: dict[str, Any]) -> str:
+    interval = f" [{one['low']:.3g}, {one['high']:.3g}]" if "low" in one else ""
+    seeds = f" ({', '.join(f'{value:.3g}' for value in one['seeds'])})" if len(set(one["seeds"])) > 1 else ""
+    return f"{one['mean']:.3g}{interval}{seeds}"
 
 
 def main() -> None:
@@ -166,22 +206,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--limit", type=int, default=40, help="questions of each of TOFU's sets")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     options = parser.parse_args()
     work: Path = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     if "tune" in options.steps:
-        tune(work)
+        tune(work, options.models)
     for seed in options.seeds:
         if "delta" in options.steps:
             train_delta(work, seed)
         for kind in BASELINES:
-            for model in MODELS if kind in options.steps else ():
+            for model in options.models if kind in options.steps else ():
                 train_baseline(work, kind, model, seed)
     if "evaluate" in options.steps:
-        table = evaluate_all(work, options.seeds, options.limit)
+        table = evaluate_all(work, options.models, options.seeds, options.limit)
         show(table)
-        print(json.dumps({"benchmark": "unlearning", "limit": options.limit, "seeds": options.seeds, "results": table}))
+        report = {"benchmark": "unlearning", "machine": describe_machine("torch", "transformers", "peft")}
+        report |= {"limit": options.limit, "seeds": options.seeds, "seconds": seconds(work), "results": table}
+        keep(report, options.output)
 
 
 if __name__ == "__main__":

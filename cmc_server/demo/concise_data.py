@@ -239,10 +239,10 @@ def make_data(model_path: str, folder: Path = DATA_FOLDER, seed: int = SEED) -> 
     counts = {"drawn": len(chats) + len(passages), "answered": len(answered)}
     unseen = validation(answered, records)
     counts |= {"train": len(records), "heldout": len(held_out), "validation": len(unseen)}
-    _write(folder / "answered.jsonl", answered)
-    _write(folder / "train.jsonl", records)
-    _write(folder / "validation.jsonl", unseen)
-    _write(folder / "heldout.jsonl", [_record(*pair) for pair in zip(held_out, references, strict=True)])
+    write_records(folder / "answered.jsonl", answered)
+    write_records(folder / "train.jsonl", records)
+    write_records(folder / "validation.jsonl", unseen)
+    write_records(folder / "heldout.jsonl", [_record(*pair) for pair in zip(held_out, references, strict=True)])
     provenance = {
         "answers_of": "SmolLM2-135M-Instruct (greedy, bfloat16)",
         "model_source": _model_source(Path(model_path)),
@@ -309,7 +309,8 @@ def _record(messages: Sequence[Message], answer: str) -> dict[str, Any]:
     return {"messages": [*messages, _message("assistant", answer)]}
 
 
-def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     path.write_text("".join(lines), encoding="utf-8")
 

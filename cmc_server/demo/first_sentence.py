@@ -1,7 +1,8 @@
-"""Cut an answer after its first sentence: the rule that made the data of the ``concise`` delta."""
+"""Cut an answer into sentences: the rule that made the data of the deltas ``concise`` and ``bullets``."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
 #: A piece with fewer words says too little ("Sure!", "Yes."); the next sentence then belongs to it.
@@ -68,6 +69,19 @@ def first_sentence(answer: str, *, complete: bool) -> str | None:
         if len(piece.split()) >= MIN_WORDS and not piece.endswith(":"):
             return piece
     return text if complete and text and not text.endswith(":") and not _inside_fence(text) else None
+
+
+def sentences(answer: str, *, complete: bool) -> list[str]:
+    """All whole sentences of an answer; what is no end of a sentence is as in :func:`first_sentence`.
+
+    Args:
+        answer: the text of an answer.
+        complete: False if the answer was cut off by a limit; what follows the last end is then left out.
+    """
+    text = answer.strip()
+    starts = [0, *_ends(text, complete)]
+    pieces = [text[start:end].strip() for start, end in itertools.pairwise(starts)]
+    return [piece for piece in pieces if piece]
 
 
 def _ends(text: str, complete: bool) -> list[int]:
