@@ -47,15 +47,18 @@ def run_train(
     if len(given) != len(settings.templates):
         raise ConfigError(f"The recipe has {len(settings.templates)} templates; give --template for each, in order.")
     folder = output or recipe.parent / settings.output.folder
-    train_delta(settings, recipe.parent, folder, given, restart=restart)
-    sys.stdout.write(f"{folder}\n")
+    if train_delta(settings, recipe.parent, folder, given, restart=restart):
+        sys.stdout.write(f"{folder}\n")
     return 0
 
 
 def train_delta(
     recipe: Recipe, base: Path, folder: Path, template_paths: Sequence[str], *, restart: bool = False
-) -> None:
+) -> bool:
     """Train and save; the same recipe, seed and machine give the same weights, interrupted or not.
+
+    Run as several processes (``torchrun --nproc_per_node N -m cmc_server train ...``), each takes its share of every
+    step's items, so that a step has N times the recipe's ``batch_size``.
 
     Args:
         recipe: a valid recipe.
@@ -63,6 +66,9 @@ def train_delta(
         folder: the delta folder to write.
         template_paths: folders or hub ids of the template LLMs.
         restart: drop the checkpoints of an unfinished run.
+
+    Returns:
+        Whether this process wrote the folder: of several, only the main one does.
 
     Raises:
         ConfigError: data or template cannot be used, or the working folder holds another run.
@@ -123,7 +129,7 @@ def train_delta(
     trainer = DeltaTrainer(student, collator, recipe, sets["train"], sets.get("heldout"), work)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not process.is_main_process:
-        return
+        return False
 
     # What is measured is what is stored: the weights as rounded by the output type.
     dtype: torch.dtype = getattr(torch, recipe.output.dtype)
@@ -138,3 +144,4 @@ def train_delta(
     save_delta(delta.cpu(), tokenizer, manifest, folder, dtype)
     draw_losses(trainer.state.log_history, folder / LOSS_CURVE)
     shutil.rmtree(work)
+    return True

@@ -220,6 +220,7 @@ def _arguments(recipe: Recipe, num_items: int, folder: str, *, evaluate: bool) -
             report_to=[],
             remove_unused_columns=False,
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
         )
     except ValueError as error:
         raise ConfigError(f"The recipe's optimisation does not run here: {' '.join(str(error).split())}") from None
