@@ -1,6 +1,6 @@
 """Unlearning on two LLMs of different vocabularies: one delta for both, against LoRA and full fine-tuning of each.
 
-    python benchmarks/unlearning.py --work FOLDER [--seeds 1 2 3] [--limit 40] [--steps tune delta lora full evaluate]
+    python benchmarks/unlearning.py --work FOLDER [--seeds 1 2 3] [--kept 20] [--steps tune delta lora full evaluate]
 
 Works in FOLDER, step by step; what lies there finished is not made again, so a run can be stopped and gone on with.
 
@@ -8,7 +8,7 @@ tune      both demo models on TOFU's forget01 and 160 retain questions, and on t
 delta     the shipped recipe beside the tuned SmolLM2, once for each seed
 lora      gradient difference on LoRA adapters of each tuned LLM, once for each seed
 full      gradient difference on all weights of each tuned LLM, once for each seed
-evaluate  TOFU and neutral texts: the retain-only LLMs, the deltas at every strength on both LLMs, and the baselines
+evaluate  TOFU and neutral texts in bfloat16: the retain-only LLMs, the deltas at every strength, and the baselines
 
 Prints a table and, as its last line, one JSON object.
 """
@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike
 
 import cmc_server
 from cmc_server.evaluation.bootstrap import bootstrap_mean
+from cmc_server.evaluation.tofu_data import PACKAGED_TOFU
 
 RECIPES = Path(cmc_server.__file__).parent / "demo" / "recipes"
 MODELS = ("smollm2", "gemma3")
@@ -116,33 +117,44 @@ def train_baseline(work: Path, kind: str, model: str, seed: int) -> None:
     make(folder, train)
 
 
-def evaluate(work: Path, name: str, user: str, limit: int, *more: str | Path) -> Path:
+def choose_questions(work: Path, kept: int) -> Path:
+    """TOFU's files with all questions to forget, and so many of each of the other sets, from all over it."""
+    folder = work / f"tofu-{kept}"
+    folder.mkdir(exist_ok=True)
+    for path in PACKAGED_TOFU.glob("*.json"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        step = 1 if path.name.startswith("forget") else max(1, len(lines) // kept)
+        (folder / path.name).write_text("".join(lines[::step][: None if step == 1 else kept]), encoding="utf-8")
+    return folder
+
+
+def evaluate(work: Path, name: str, user: str, tofu: Path, *more: str | Path) -> Path:
     """TOFU and neutral texts of one LLM with or without a delta; the file of the results."""
     folder = work / "results" / name
     folder.parent.mkdir(exist_ok=True)
     results = folder / "results.json"
     if folder.exists() and not (results.exists() and json.loads(results.read_text())["finished"]):
         shutil.rmtree(folder)  # an evaluation that was stopped
-    suites = ("--suite", "tofu", "retained", "--limit", str(limit))
+    suites = ("--suite", "tofu", "retained", "--tofu", tofu, "--dtype", "bfloat16")
     make(folder, lambda: run("cmc_server", "eval", work / user, *suites, "--output", folder, *more))
     return results
 
 
-def evaluate_all(work: Path, models: Sequence[str], seeds: Sequence[int], limit: int) -> dict[str, Any]:
+def evaluate_all(work: Path, models: Sequence[str], seeds: Sequence[int], tofu: Path) -> dict[str, Any]:
     """By LLM and method, for each strength the figures of every seed."""
     table: dict[str, Any] = {}
     for model in models:
-        oracle = evaluate(work, f"{model}-retain", f"{model}-retain", limit)
+        oracle = evaluate(work, f"{model}-retain", f"{model}-retain", tofu)
         against = ("--retain-only", oracle)
         found = []
         for seed in seeds:
             delta = ("--delta", f"forget={work / f'delta-{seed}'}", "--strengths", *STRENGTHS)
-            found.append(evaluate(work, f"{model}-delta-{seed}", f"{model}-full", limit, *delta, *against))
+            found.append(evaluate(work, f"{model}-delta-{seed}", f"{model}-full", tofu, *delta, *against))
         table[model] = {"retain only": figures([oracle]), "delta": figures(found)}
         for kind in BASELINES:
             made = [name for seed in seeds if (work / (name := f"{model}-{kind}-{seed}")).exists()]
             if made:
-                table[model][kind] = figures([evaluate(work, name, name, limit, *against) for name in made])
+                table[model][kind] = figures([evaluate(work, name, name, tofu, *against) for name in made])
     return table
 
 
@@ -205,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--limit", type=int, default=40, help="questions of each of TOFU's sets")
+    parser.add_argument("--kept", type=int, default=20, help="questions of each of TOFU's sets that are to be kept")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
@@ -221,10 +233,10 @@ def main() -> None:
             for model in options.models if kind in options.steps else ():
                 train_baseline(work, kind, model, seed)
     if "evaluate" in options.steps:
-        table = evaluate_all(work, options.models, options.seeds, options.limit)
+        table = evaluate_all(work, options.models, options.seeds, choose_questions(work, options.kept))
         show(table)
         report = {"benchmark": "unlearning", "machine": describe_machine("torch", "transformers", "peft")}
-        report |= {"limit": options.limit, "seeds": options.seeds, "seconds": seconds(work), "results": table}
+        report |= {"kept": options.kept, "seeds": options.seeds, "seconds": seconds(work), "results": table}
         keep(report, options.output)
 
 

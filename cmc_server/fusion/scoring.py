@@ -27,7 +27,7 @@ from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.encoding import Chat, Prompt, UserEncoder
 from cmc_server.fusion.generation import ChosenDelta, GreedyRequest, decode_greedily
 from cmc_server.fusion.loaded import load_delta
-from cmc_server.fusion.rule import Shift, fuse
+from cmc_server.fusion.rule import Shift, fuse_
 from cmc_server.fusion.scoring_delta import ScoringDelta, load_scoring_delta
 from cmc_server.fusion.states import Row, SplitModel
 from cmc_server.vocab.surface import Vocabulary, load_tokenizer, read_generation_config, read_vocabulary
@@ -308,7 +308,7 @@ class FusedLM:
                 Shift(torch.where(reads[rows], delta.model.logits(states[rows]), 0.0), delta.delta_ids, strength)
                 for delta, strength, states, reads in shifting
             ]
-            yield fuse(logits, shifts, unmapped) if shifts else logits
+            yield fuse_(logits, torch.arange(len(logits), device=logits.device), shifts, unmapped)
 
     def _job(self, pair: Pair) -> _Job:
         prompt, continuation = pair

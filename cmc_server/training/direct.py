@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from transformers import AutoModelForCausalLM, set_seed
 
 from cmc_server.delta.prompt import Message
@@ -31,21 +30,18 @@ PARTNERLESS = ("instruction_tuning", "grad_ascent", "grad_diff", "idk")
 
 
 class NoTemplate(FrozenTemplate):
-    """Stands where a frozen LLM would, and says nothing: all of its logits are 0.
+    """Stands where a frozen LLM would, and says nothing.
 
     Args:
         model: the LLM that is trained; only asked for its device.
         tokenizer: its tokenizer, with a chat template and an eos.
     """
 
+    silent = True
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.eos_id = tokenizer.eos_token_id
-        self._vocab_size = min(model.get_output_embeddings().weight.shape[0], vocabulary_size(tokenizer))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] zeros, float32."""
-        return hidden.new_zeros(hidden.shape[0], self._vocab_size)
 
     def example(self, prompt: list[Message], answer: str) -> Example:
         """What the LLM itself reads and learns."""

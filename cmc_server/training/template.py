@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class FrozenTemplate:
     Raises:
         ConfigError: the tokenizer has no chat template or no eos.
     """
+
+    #: Whether it has no logits to be steered.
+    silent: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.chat_template is None or tokenizer.eos_token_id is None:

@@ -22,7 +22,7 @@ class Answers:
     """What the models say at the response tokens of S answers.
 
     Args:
-        template_logits: [N, V], without gradient.
+        template_logits: [N, V], without gradient; None where an LLM is trained itself and d alone is what it says.
         delta_logits: [N, D].
         labels: [N] int64, the tokens that follow.
         rows: [N] int64, ascending: the answer, 0 to S - 1, that a token belongs to.
@@ -30,7 +30,7 @@ class Answers:
         delta_ids: [V'] int64, the vocabulary map; None where template and delta share a vocabulary.
     """
 
-    template_logits: Tensor
+    template_logits: Tensor | None
     delta_logits: Tensor
     labels: Tensor
     rows: Tensor
@@ -40,6 +40,8 @@ class Answers:
     @property
     def fused_logits(self) -> Tensor:
         """l + d at strength 1, [N, V] float32."""
+        if self.template_logits is None:
+            return self.delta_logits.float()
         return fuse(self.template_logits, [Shift(self.delta_logits, self.delta_ids, 1.0)])
 
 
@@ -62,7 +64,7 @@ def pulled_loss(answers: Answers, template_weight: float) -> Tensor:
     fused = answers.fused_logits
     # Both parts share one normaliser: -sum_v t[v] log q[v] = LSE(z) - sum_v t[v] z[v] for a target t that sums to 1.
     picked = fused.gather(1, answers.labels[:, None]).squeeze(1)
-    expected = (answers.template_logits.softmax(-1) * fused).sum(-1)
+    expected = (_of_template(answers).softmax(-1) * fused).sum(-1)
     return fused.logsumexp(-1) - (1 - template_weight) * picked - template_weight * expected
 
 
@@ -76,7 +78,7 @@ def ascent(answers: Answers, bound: float) -> Tensor:
 
 def template_divergence(answers: Answers) -> Tensor:
     """KL(p_t || q_t), the template LLM against its steered self, for each token: [N]."""
-    return _divergence(answers.template_logits, answers.fused_logits)
+    return _divergence(_of_template(answers), answers.fused_logits)
 
 
 def shift_divergence(answers: Answers) -> Tensor:
@@ -93,7 +95,7 @@ def log_ratios(answers: Answers) -> Tensor:
 
     p is the template LLM alone, the steered model at strength 0: the reference of NPO and DPO.
     """
-    template = cross_entropy(answers.template_logits, answers.labels, reduction="none")
+    template = cross_entropy(_of_template(answers), answers.labels, reduction="none")
     by_token = template - label_loss(answers)
     return by_token.new_zeros(int(answers.rows[-1]) + 1).index_add(0, answers.rows, by_token)
 
@@ -106,6 +108,11 @@ def negative_preference(answers: Answers, beta: float) -> Tensor:
 def preference(chosen: Answers, rejected: Answers, beta: float) -> Tensor:
     """-log sigmoid(beta (log q(y_w)/p(y_w) - log q(y_l)/p(y_l))) for each pair: [S]."""
     return -logsigmoid(beta * (log_ratios(chosen) - log_ratios(rejected)))
+
+
+def _of_template(answers: Answers) -> Tensor:
+    assert answers.template_logits is not None, "train_llm lets no objective through that needs a template"
+    return answers.template_logits
 
 
 def _divergence(target_logits: Tensor, logits: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def answers_by_template(
         for role, part in batch.items():
             reading, logits = part["readings"][k], delta_logits[role]
             answers[role] = Answers(
-                template_logits=template.logits(reading["hidden"]),
+                template_logits=None if template.silent else template.logits(reading["hidden"]),
                 delta_logits=logits.index_select(0, reading["picks"]) if "picks" in reading else logits,
                 labels=reading["labels"],
                 rows=reading["rows"],
