@@ -1,10 +1,13 @@
-"""How strongly the seeds of one delta change the answers of two LLMs, on held-out prompts, through vLLM.
+"""How strongly a trained behaviour changes the answers of LLMs, seed by seed, and whether several templates help.
 
-    python benchmarks/behaviours.py concise --deltas SEED1 SEED2 SEED3 "SmolLM2 135M=FOLDER" "Gemma 3 270M=FOLDER"
-    python benchmarks/behaviours.py bullets --deltas SEED1 SEED2 SEED3 "SmolLM2 135M=FOLDER" "Gemma 3 270M=FOLDER"
+    python benchmarks/behaviours.py concise --work FOLDER --trained "alone=A" --on "SmolLM2 135M=A" "Gemma 3 270M=C"
+    python benchmarks/behaviours.py bullets --work FOLDER --trained "alone=A" "two=A,B" "bridged=A,C" --on "other=D"
 
-Every figure is a mean over seeds and prompts, with a 95% bootstrap interval over the prompts, and the means of the
-single seeds beside it. Prints a table and, as its last line, one JSON object.
+``--trained NAME=FOLDER[,FOLDER]`` names the template LLMs of one condition, ``--on`` the LLMs to measure on. Recipe,
+data and number of steps are the same for all conditions; each is trained with every seed. The answers are greedy ones to
+held-out prompts, through vLLM. Every figure is a mean over seeds and prompts, with a 95% bootstrap interval over the
+prompts, and the means of the single seeds beside it. Prints a table for each condition and, as its last line, one JSON
+object.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from benchmark_report import describe_machine, keep
 from concise_sweep import DEMO, generate, read_prompts
+from unlearning import RECIPES, make, run
 
 from cmc_server.demo.bullets_data import is_bullets
 from cmc_server.evaluation.bootstrap import bootstrap_mean
@@ -61,33 +66,52 @@ def table(behaviour: str, found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def train(work: Path, recipe_name: str, condition: str, templates: list[str], seed: int) -> Path:
+    """The delta's folder."""
+    recipe = yaml.safe_load((RECIPES / f"{recipe_name}.yaml").read_text())
+    for key in ("train", "heldout"):
+        recipe["data"][key] = str((RECIPES / recipe["data"][key]).resolve())
+    path = work / f"{recipe_name}-{condition}-{seed}.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"seed": seed, "template": templates}))
+    folder = path.with_suffix("")
+    make(folder, lambda: run("cmc_server", "train", path, "--output", folder))
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("behaviour", choices=tuple(BEHAVIOURS))
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="user LLMs")
-    parser.add_argument("--deltas", type=Path, nargs="+", required=True, help="the delta of each seed")
-    parser.add_argument("--prompts", type=Path, default=DEMO / "data" / "concise" / "heldout.jsonl")
+    parser.add_argument("--trained", nargs="+", required=True, metavar="NAME=FOLDER[,FOLDER]")
+    parser.add_argument("--on", nargs="+", required=True, metavar="NAME=FOLDER", help="LLMs to measure on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5])
+    parser.add_argument("--prompts", type=Path, default=DEMO / "data" / "concise" / "heldout.jsonl")
     parser.add_argument("--limit", type=int, default=80, help="answers are cut after so many tokens")
-    parser.add_argument("--samples", type=int, default=3, help="prompts whose answers are shown")
+    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    work: Path = options.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    deltas = {}
+    for entry in options.trained:
+        condition, _, folders = entry.partition("=")
+        templates = [str(Path(folder).absolute()) for folder in folders.split(",")]
+        for seed in options.seeds:
+            deltas[f"{condition}-{seed}"] = train(work, options.behaviour, condition, templates, seed)
+    conditions = [entry.partition("=")[0] for entry in options.trained]
     chats = read_prompts(options.prompts)
-    found = {}
-    for entry in options.models:
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {condition: {} for condition in conditions}
+    for entry in options.on:
         model, _, folder = entry.partition("=")
-        deltas = {f"seed{index}": path for index, path in enumerate(options.deltas, start=1)}
         answers = generate(folder, deltas, chats, options.strengths, options.limit)
-        for index in range(0, len(chats), max(1, len(chats) // max(1, options.samples))):
-            print(f"\n{model}: {chats[index][-1]['content']}")
-            for strength, some in answers["seed1"].items():
-                print(f"  {strength:g}: {some[index].text!r}")
-        found[model] = summarise(options.behaviour, list(answers.values()))
-    print(f"\n{table(options.behaviour, found)}")
-    machine = describe_machine("torch", "transformers")
-    report = {"benchmark": f"behaviour {options.behaviour}", "machine": machine, "prompts": len(chats)}
-    keep(report | {"limit": options.limit, "results": found}, options.output)
+        for condition in conditions:
+            by_seed = [answers[f"{condition}-{seed}"] for seed in options.seeds]
+            results[condition][model] = summarise(options.behaviour, by_seed)
+    for condition in conditions:
+        print(f"\n{condition}\n\n{table(options.behaviour, results[condition])}")
+    report = {"benchmark": f"behaviour {options.behaviour}", "machine": describe_machine("torch", "transformers")}
+    keep(report | {"seeds": options.seeds, "prompts": len(chats), "results": results}, options.output)
 
 
 if __name__ == "__main__":
