@@ -4,7 +4,7 @@
     python benchmarks/behaviours.py bullets --work FOLDER --trained "alone=A" "two=A,B" "bridged=A,C" --on "other=D"
 
 ``--trained NAME=FOLDER[,FOLDER]`` names the template LLMs of one condition, ``--on`` the LLMs to measure on. Recipe,
-data and number of steps are the same for all conditions; each is trained with every seed. The answers are greedy ones to
+data and steps are the same for all conditions; each is trained with every seed. The answers are greedy ones to
 held-out prompts, through vLLM. Every figure is a mean over seeds and prompts, with a 95% bootstrap interval over the
 prompts, and the means of the single seeds beside it. Prints a table for each condition and, as its last line, one JSON
 object.
