@@ -213,6 +213,29 @@ def _cell(one: dict[str, Any]) -> str:
     return f"{one['mean']:.3g}{interval}{seeds}"
 
 
+def plot(table: dict[str, Any], path: Path) -> None:
+    """Probabilities of the right answers by strength, a panel for each LLM; every seed is a thin line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.atleast_1d(figure.subplots(1, len(table), sharey=True))
+    for axes, (model, methods) in zip(panels, table.items(), strict=True):
+        strengths = [float(strength) for strength in methods["delta"]]
+        for colour, name in (("tab:red", "forget"), ("tab:blue", "retain")):
+            found = [one[f"{name}_probability"] for one in methods["delta"].values()]
+            axes.plot(strengths, [one["mean"] for one in found], "o-", color=colour, label=f"{name}, delta")
+            axes.plot(strengths, [one["seeds"] for one in found], color=colour, alpha=0.4, linewidth=0.8)
+            oracle = methods["retain only"]["0"][f"{name}_probability"]["mean"]
+            axes.axhline(oracle, color=colour, linestyle="--", linewidth=1, label=f"{name}, never learned")
+        axes.set(title=model, xlabel="strength of the delta", xticks=strengths, ylim=(-0.03, 1.03))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("probability of the right answer")
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -220,6 +243,7 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=20, help="questions of each of TOFU's sets that are to be kept")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     options = parser.parse_args()
     work: Path = options.work.absolute()
@@ -235,6 +259,8 @@ def main() -> None:
     if "evaluate" in options.steps:
         table = evaluate_all(work, options.models, options.seeds, choose_questions(work, options.kept))
         show(table)
+        if options.plot is not None:
+            plot(table, options.plot)
         report = {"benchmark": "unlearning", "machine": describe_machine("torch", "transformers", "peft")}
         report |= {"kept": options.kept, "seeds": options.seeds, "seconds": seconds(work), "results": table}
         keep(report, options.output)

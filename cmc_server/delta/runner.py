@@ -34,11 +34,13 @@ class Feed:
         sequence: the row's cached positions.
         ids: the whole (windowed) delta input, at least one id.
         keep: how many leading ids are unchanged since the last call for this sequence.
+        settled: how many leading ids will not change in later calls; other rows may share what is cached of them.
     """
 
     sequence: CachedSequence
     ids: Sequence[int]
     keep: int
+    settled: int = 0
 
 
 @dataclass
@@ -76,6 +78,8 @@ class DeltaRunner:
         layers, heads, head_size = cache_shape(self._model.config)
         self._pool = KeyValuePool(layers, self.blocks.num_blocks * BLOCK_SIZE, heads, head_size, dtype, device)
         self._pool.attach(self._model)
+        #: Tokens that went through the model since it was loaded.
+        self.num_tokens = 0
         self._check_attention()
 
     @property
@@ -106,6 +110,22 @@ class DeltaRunner:
         Raises:
             CapacityError: the key-value cache is too small; the sequences stay usable.
         """
+        for feed in feeds:
+            # The last id is always fed, since its logits are wanted and are not kept.
+            feed.sequence.truncate(min(feed.keep, len(feed.ids) - 1))
+            feed.sequence.adopt(feed.ids)
+        first, twins = _twins(feeds)
+        if not twins:
+            return self._forward(feeds)
+        output = torch.zeros(len(feeds), self.vocab_size, device=self.device)
+        for rows in (first, twins):
+            some = [feeds[row] for row in rows]
+            for feed in some:
+                feed.sequence.adopt(feed.ids)
+            output[torch.tensor(rows, device=self.device)] = self._forward(some)
+        return output
+
+    def _forward(self, feeds: Sequence[Feed]) -> Tensor:
         output: Tensor | None = None
         pieces = [self._begin(row, feed) for row, feed in enumerate(feeds)]
         while pieces:
@@ -113,7 +133,10 @@ class DeltaRunner:
             ended = [piece for piece in batch if piece.stop == len(feeds[piece.row].ids)]
             logits = self._run(feeds, batch, [piece.row for piece in ended])
             for piece in batch:
-                feeds[piece.row].sequence.length = piece.stop
+                feed = feeds[piece.row]
+                feed.sequence.length = piece.stop
+                feed.sequence.publish(feed.ids, feed.settled)
+                self.num_tokens += piece.stop - piece.start
             if len(ended) == len(feeds):
                 return logits
             if output is None:
@@ -122,8 +145,6 @@ class DeltaRunner:
         return torch.zeros(0, self.vocab_size, device=self.device) if output is None else output
 
     def _begin(self, row: int, feed: Feed) -> _Piece:
-        # The last id is always fed, since its logits are wanted and are not kept.
-        feed.sequence.truncate(min(feed.keep, len(feed.ids) - 1))
         feed.sequence.reserve(len(feed.ids))
         return _Piece(row, feed.sequence.length, len(feed.ids))
 
@@ -205,6 +226,22 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
+
+
+def _twins(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:
+    """Rows to run first, and rows that begin with a block which one of those is about to compute and to share."""
+    first, twins = [], []
+    begun = set()
+    for row, feed in enumerate(feeds):
+        beginning = feed.sequence.next_block(feed.ids)
+        shared = beginning is not None and feed.settled >= feed.sequence.length + BLOCK_SIZE
+        if shared and beginning in begun:
+            twins.append(row)
+        else:
+            first.append(row)
+        if shared:
+            begun.add(beginning)
+    return first, twins
 
 
 def _split(pieces: list[_Piece], budget: int) -> tuple[list[_Piece], list[_Piece]]:

@@ -144,6 +144,11 @@ class DeltaInput:
         self._decoder = _decoder()
         self._unspelled: list[int] = []  # user tokens since the last spelling, so far only mapped
 
+    @property
+    def num_settled(self) -> int:
+        """How many leading ids never change again."""
+        return self._settled
+
     def extend(self, user_ids: Iterable[int]) -> int:
         """Append response tokens.
 

@@ -78,6 +78,12 @@ class _Stream:
         bos = self.delta.encoder.bos_ids
         return len(bos) if bos and self.text.ids[: len(bos)] == bos else 0
 
+    @property
+    def num_settled(self) -> int:
+        """Leading ids of the window that never change while no more are dropped."""
+        settled = self.text.num_settled
+        return settled - self.dropped if settled >= self.num_bos + self.dropped else min(settled, self.num_bos)
+
     def window(self) -> list[int]:
         """The ids that the delta reads: all, or the bos and what is left behind the dropped ones."""
         ids = self.text.ids
@@ -243,7 +249,11 @@ class DeltaController:
                 row for row, (request, one) in enumerate(pairs) if one.text.ids and self._cache(request, one, pairs)
             ]
             streams = [pairs[row][1] for row in rows]
-            feeds = [Feed(stream.sequence, stream.window(), stream.keep) for stream in streams if stream.sequence]
+            feeds = [
+                Feed(stream.sequence, stream.window(), stream.keep, stream.num_settled)
+                for stream in streams
+                if stream.sequence
+            ]
             logits = runner.forward(feeds)
             finite = torch.isfinite(logits.sum(dim=-1)).tolist()  # a sum is finite only if all of it is
         except Exception as error:  # see admit

@@ -102,6 +102,24 @@ def test_the_same_input_again_gives_the_same_row(artifact: DeltaArtifact) -> Non
     torch.testing.assert_close(runner.forward([Feed(sequence, [1, 2, 3], 3)]), first, atol=1e-5, rtol=1e-5)
 
 
+def test_an_equal_beginning_is_computed_once(artifact: DeltaArtifact) -> None:
+    runner = DeltaRunner(artifact, max_seqs=4, device=CPU)
+    draw = random.Random(0)
+    prompt = [draw.randrange(90) for _ in range(100)]
+    inputs = [[*prompt, 7], [*prompt, 8, 9], [*prompt[:50], 3], [*prompt, 7]]
+    sequences = [runner.new_sequence() for _ in inputs]
+    before = runner.num_tokens
+    logits = runner.forward([Feed(*pair, 0, settled=100) for pair in zip(sequences[:3], inputs[:3], strict=True)])
+    torch.testing.assert_close(logits, expected(artifact, inputs[:3]), atol=1e-4, rtol=1e-4)
+    # All of the first row, and of the others what lies behind whole blocks of 32.
+    assert runner.num_tokens - before == 101 + (102 - 96) + (51 - 32)
+    for sequence in sequences[:3]:
+        sequence.free()
+    logits = runner.forward([Feed(sequences[3], inputs[3], 0, settled=100)])
+    torch.testing.assert_close(logits, expected(artifact, inputs[3:]), atol=1e-4, rtol=1e-4)
+    assert runner.num_tokens - before == 101 + 6 + 19 + 5  # kept after its rows were gone
+
+
 def test_a_full_cache_is_said_and_survived(artifact: DeltaArtifact) -> None:
     runner = DeltaRunner(artifact, max_seqs=1, device=CPU)
     first, second = runner.new_sequence(), runner.new_sequence()
