@@ -128,6 +128,33 @@ def test_a_resumed_request_goes_on_where_it_was(controller: DeltaController, ora
     step(controller, oracle, [(4, request)])
 
 
+def test_one_prompt_for_many_answers_is_read_once(steered: Steered, oracle: ReferenceFusedLM) -> None:
+    controller = DeltaController(RESERVED)
+    delta = steered.load("same")
+    controller.load(delta)
+    draw = random.Random(2)
+    prompt = [draw.randrange(oracle.vocabulary.size) for _ in range(70)]
+    rows = [(slot, Request(prompt, {"same": 1.0})) for slot in range(4)]
+    for slot, request in rows:
+        controller.admit(slot, request.prompt, request.steering, request.unmapped)
+    before = delta.runner.num_tokens
+    for turn in range(6):
+        step(controller, oracle, rows)
+        if turn == 0:
+            read = len(delta.prompt_ids(prompt))
+            assert delta.runner.num_tokens - before == read + 3 * (read - (read - 1) // 32 * 32)
+        for slot, request in rows:
+            token = draw.randrange(oracle.vocabulary.size)
+            request.response.append(token)
+            controller.advance(slot, [token])
+    for slot, _ in rows:
+        controller.release(slot)
+    again = Request(prompt, {"same": 1.0}, response=rows[0][1].response)
+    controller.admit(9, again.prompt, again.steering, again.unmapped)
+    controller.advance(9, again.response)
+    step(controller, oracle, [(9, again)])
+
+
 def test_beyond_the_window(controller: DeltaController, oracle: ReferenceFusedLM) -> None:
     """The context of ``other`` is 48: a long answer makes its window move, a long prompt begins beyond it."""
     draw = random.Random(1)
