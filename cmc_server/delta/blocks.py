@@ -195,6 +195,11 @@ class CachedSequence:
         if missing > 0:
             self.blocks += self._pool.take(missing)
 
+    def slots(self, start: int, stop: int) -> list[int]:
+        """Where positions ``start`` to ``stop`` lie among all positions of the pool."""
+        size = self._pool.block_size
+        return [self.blocks[position // size] * size + position % size for position in range(start, stop)]
+
     def free(self) -> None:
         """Let go of everything."""
         self.truncate(0)

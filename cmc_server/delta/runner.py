@@ -153,16 +153,16 @@ class DeltaRunner:
         ids: list[int] = []
         positions: list[int] = []
         offsets: list[int] = []
-        slots: list[Tensor] = []
+        slots: list[int] = []
         for piece in pieces:
+            feed = feeds[piece.row]
             offsets.append(len(ids))
-            ids.extend(feeds[piece.row].ids[piece.start : piece.stop])
+            ids.extend(feed.ids[piece.start : piece.stop])
             positions.extend(range(piece.start, piece.stop))
-            slots.append(_flat_positions(feeds[piece.row].sequence, piece.stop))
-        self._pool.slots = torch.cat([flat[piece.start :] for flat, piece in zip(slots, pieces, strict=True)]).to(
-            self.device
-        )
-        self._pool.groups = [group.to(self.device) for group in _group_rows(pieces, offsets, slots)]
+            slots.extend(feed.sequence.slots(piece.start, piece.stop))
+        self._pool.slots = torch.tensor(slots, device=self.device)
+        blocks = [feeds[piece.row].sequence.blocks for piece in pieces]
+        self._pool.groups = [group.to(self.device) for group in _group_rows(pieces, offsets, blocks)]
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
         wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in set(ended)]
         return self._logits(ids, positions, torch.tensor(wanted, dtype=torch.int64, device=self.device))
@@ -258,29 +258,35 @@ def _split(pieces: list[_Piece], budget: int) -> tuple[list[_Piece], list[_Piece
     return batch, left
 
 
-def _flat_positions(sequence: CachedSequence, length: int) -> Tensor:
-    """[length] int64: where each position of a sequence lies in the pool."""
-    blocks = torch.tensor(sequence.blocks, dtype=torch.int64).unsqueeze(1) * BLOCK_SIZE
-    return (blocks + torch.arange(BLOCK_SIZE)).flatten()[:length]
-
-
-def _group_rows(pieces: list[_Piece], offsets: list[int], slots: list[Tensor]) -> list[RowGroup]:
+def _group_rows(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]]) -> list[RowGroup]:
     """Short pieces (decoding) in one group, every long one (prefill) in a group of its own."""
     short = [index for index, piece in enumerate(pieces) if piece.stop - piece.start <= _SHORT]
     long = [[index] for index, piece in enumerate(pieces) if piece.stop - piece.start > _SHORT]
-    return [_row_group(pieces, offsets, slots, members) for members in ([short] if short else []) + long]
+    return [_row_group(pieces, offsets, blocks, members) for members in ([short] if short else []) + long]
 
 
-def _row_group(pieces: list[_Piece], offsets: list[int], slots: list[Tensor], members: list[int]) -> RowGroup:
-    counts = torch.tensor([pieces[index].stop - pieces[index].start for index in members]).unsqueeze(1)
-    starts = torch.tensor([pieces[index].start for index in members]).unsqueeze(1)
-    firsts = torch.tensor([offsets[index] for index in members]).unsqueeze(1)
-    steps = torch.arange(int(counts.max())).unsqueeze(0)
-    real = steps < counts
-    cache_index = torch.nn.utils.rnn.pad_sequence([slots[index] for index in members], batch_first=True)
+def _row_group(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]], members: list[int]) -> RowGroup:
+    """Few tensors whatever the number of rows: this runs in every step."""
+    longest = max(pieces[index].stop for index in members)
+    held = -(-longest // BLOCK_SIZE)
+    # Places that pad a row lie behind its last position, so that no query sees them.
+    tables = [(blocks[index] + [0] * held)[:held] for index in members]
+    firsts = torch.tensor(tables).unsqueeze(2) * BLOCK_SIZE
+    counts = [pieces[index].stop - pieces[index].start for index in members]
+    width = max(counts)
+    starts = torch.tensor([[pieces[index].start] for index in members])
+    tokens = torch.tensor([[offsets[index]] for index in members])
+    if width == 1:
+        token_index, query_positions, real = tokens, starts, None
+    else:
+        steps = torch.arange(width)
+        real = steps < torch.tensor(counts).unsqueeze(1)
+        token_index = torch.where(real, tokens + steps, tokens)
+        query_positions = torch.where(real, starts + steps, -1)
+        real = None if min(counts) == width else real
     return RowGroup(
-        token_index=torch.where(real, firsts + steps, firsts),
-        cache_index=cache_index,
-        query_positions=torch.where(real, starts + steps, -1),
-        query_mask=None if bool(real.all()) else real,
+        token_index=token_index,
+        cache_index=(firsts + torch.arange(BLOCK_SIZE)).flatten(1)[:, :longest],
+        query_positions=query_positions,
+        query_mask=real,
     )

@@ -77,10 +77,31 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
     if unmapped == "preserve" and shifts:
         return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))
     for shift in shifts:
+        if shift.delta_ids is not None and logits.device.type == "cpu":
+            _add_row_by_row(logits, rows, shift, shift.delta_ids)
+            continue
         scaled = _scaled(shift)
         width = min(scaled.shape[1], logits.shape[1])
         logits[:, :width].index_add_(0, rows, scaled[:, :width])
     return logits
+
+
+def _add_row_by_row(logits: Tensor, rows: Tensor, shift: Shift, delta_ids: Tensor) -> None:
+    """logits[rows] += a * s through the map, a row at a time: what is gathered then never leaves the processor's cache.
+
+    Over all rows at once the gathered copy is as large as the logits and is written to memory and read again.
+    """
+    delta_logits = shift.delta_logits.float()
+    num_rows, size = delta_logits.shape
+    width = min(delta_ids.numel(), logits.shape[1])
+    index = torch.where(delta_ids[:width] < 0, size, delta_ids[:width])
+    extended = delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
+    gathered = delta_logits.new_empty(width)
+    strengths = shift.strength.tolist() if isinstance(shift.strength, Tensor) else [shift.strength] * num_rows
+    for source, (row, strength) in enumerate(zip(rows.tolist(), strengths, strict=True)):
+        torch.mul(delta_logits[source], strength, out=extended[:size])
+        torch.index_select(extended, 0, index, out=gathered)
+        logits[row, :width].add_(gathered)
 
 
 def _scaled(shift: Shift) -> Tensor:
