@@ -12,6 +12,7 @@ Shapes: R rows, U user logits (columns), D_k delta logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,34 +75,82 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
     Returns:
         ``logits``, changed in the given rows.
     """
-    if unmapped == "preserve" and shifts:
+    preserve = unmapped == "preserve" and bool(shifts)
+    if logits.device.type == "cpu" and (preserve or any(shift.delta_ids is not None for shift in shifts)):
+        return _fuse_row_by_row(logits, rows, shifts, preserve)
+    if preserve:
         return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))
     for shift in shifts:
-        if shift.delta_ids is not None and logits.device.type == "cpu":
-            _add_row_by_row(logits, rows, shift, shift.delta_ids)
-            continue
         scaled = _scaled(shift)
         width = min(scaled.shape[1], logits.shape[1])
         logits[:, :width].index_add_(0, rows, scaled[:, :width])
     return logits
 
 
-def _add_row_by_row(logits: Tensor, rows: Tensor, shift: Shift, delta_ids: Tensor) -> None:
-    """logits[rows] += a * s through the map, a row at a time: what is gathered then never leaves the processor's cache.
+def _fuse_row_by_row(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], preserve: bool) -> Tensor:
+    """The rule on a CPU, a row at a time: what is gathered on the way then never leaves the processor's cache.
 
-    Over all rows at once the gathered copy is as large as the logits and is written to memory and read again.
+    Over all rows at once the gathered copies are as large as the logits, and are written to memory and read again.
     """
-    delta_logits = shift.delta_logits.float()
-    num_rows, size = delta_logits.shape
-    width = min(delta_ids.numel(), logits.shape[1])
-    index = torch.where(delta_ids[:width] < 0, size, delta_ids[:width])
-    extended = delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
-    gathered = delta_logits.new_empty(width)
-    strengths = shift.strength.tolist() if isinstance(shift.strength, Tensor) else [shift.strength] * num_rows
-    for source, (row, strength) in enumerate(zip(rows.tolist(), strengths, strict=True)):
-        torch.mul(delta_logits[source], strength, out=extended[:size])
-        torch.index_select(extended, 0, index, out=gathered)
-        logits[row, :width].add_(gathered)
+    num_columns = logits.shape[1]
+    adders = [_RowAdder(shift, num_columns) for shift in shifts]
+    if not preserve:
+        for position, row in enumerate(rows.tolist()):
+            for adder in adders:
+                adder.add(position, logits[row])
+        return logits
+    mapped = torch.zeros(num_columns)
+    for adder in adders:
+        adder.mark(mapped)
+    blocked = torch.zeros(num_columns).masked_fill_(mapped == 0, -torch.inf)
+    workspace = torch.empty(num_columns)
+    for position, row in enumerate(rows.tolist()):
+        target = logits[row]
+        before = torch.add(target, blocked, out=workspace).logsumexp(0).item()
+        for adder in adders:
+            adder.add(position, target)
+        if before != -math.inf:
+            after = torch.add(target, blocked, out=workspace).logsumexp(0).item()
+            target.add_(mapped, alpha=before - after)
+    return logits
+
+
+class _RowAdder:
+    """Adds one shift to single rows.
+
+    Args:
+        shift: of all rows.
+        num_columns: U.
+    """
+
+    def __init__(self, shift: Shift, num_columns: int) -> None:
+        self._delta_logits = shift.delta_logits.float()
+        num_rows, size = self._delta_logits.shape
+        strength = shift.strength
+        self._strengths = strength.tolist() if isinstance(strength, Tensor) else [strength] * num_rows
+        self._scaled = self._delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
+        self._index: Tensor | None = None
+        self._width = min(size, num_columns)
+        if shift.delta_ids is not None:
+            self._width = min(shift.delta_ids.numel(), num_columns)
+            delta_ids = shift.delta_ids[: self._width]
+            self._index = torch.where(delta_ids < 0, size, delta_ids)
+            self._gathered = self._delta_logits.new_empty(self._width)
+
+    def mark(self, mapped: Tensor) -> None:
+        """Set the [U] entries of mapped tokens to 1."""
+        known = 1.0 if self._index is None else (self._index < self._scaled.numel() - 1).float()
+        mapped[: self._width] = torch.maximum(mapped[: self._width], torch.as_tensor(known))
+
+    def add(self, position: int, target: Tensor) -> None:
+        """Add the shift's row at ``position`` to a row [U] of the logits."""
+        row = self._delta_logits[position]
+        torch.mul(row, self._strengths[position], out=self._scaled[: row.numel()])
+        if self._index is None:
+            target[: self._width].add_(self._scaled[: self._width])
+        else:
+            torch.index_select(self._scaled, 0, self._index, out=self._gathered)
+            target[: self._width].add_(self._gathered)
 
 
 def _scaled(shift: Shift) -> Tensor:
