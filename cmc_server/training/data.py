@@ -1,10 +1,11 @@
-"""Records from JSON lines or a dataset: chats, prompts with responses, or pairs of answers."""
+"""Records from JSON lines or a dataset: chats, prompts with responses, plain texts, or pairs of answers."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from cmc_server.delta.prompt import Message, plain_messages
 from cmc_server.errors import ConfigError
 from cmc_server.training.recipes import Columns, DataSource
 
+#: A chat before its answer, or the beginning of a plain text.
+Prompt = list[Message] | str
+
 _ROLES = ("system", "user", "assistant")
 
 
@@ -22,12 +26,12 @@ class Record:
     """A prompt and its answer.
 
     Args:
-        prompt: the chat before the answer.
-        answer: the text to learn or to forget; of a pair, the chosen one.
+        prompt: the chat before the answer; of a plain text its first word.
+        answer: the text to learn or to forget; of a plain text all that follows; of a pair, the chosen one.
         rejected: of a pair, the other one.
     """
 
-    prompt: list[Message]
+    prompt: Prompt
     answer: str
     rejected: str | None = None
 
@@ -81,6 +85,8 @@ def read_chats(path: Path) -> list[list[Message]]:
     chats = []
     for number, line in _read_lines(path):
         record = _record(line, Columns(), False, f"{path}, line {number}")
+        if isinstance(record.prompt, str):
+            raise ConfigError(f"{path}, line {number}: expected a chat, not a plain text.")
         chats.append([*record.prompt, Message(role="assistant", content=record.answer)])
     return chats
 
@@ -161,13 +167,16 @@ def _expected(columns: Columns, pairs: bool) -> str:
         return f'{{"{columns.prompt}": ..., "{columns.chosen}": ..., "{columns.rejected}": ...}}'
     return (
         f'{{"{columns.messages}": [{{"role": ..., "content": ...}}, ...]}} with the roles {", ".join(_ROLES)}, or '
-        f'{{"{columns.prompt}": ..., "{columns.response}": ...}}; data.*.columns names other columns'
+        f'{{"{columns.prompt}": ..., "{columns.response}": ...}}, or {{"{columns.text}": ...}}; data.*.columns names '
+        "other columns"
     )
 
 
 def _answered(value: Mapping[str, Any], columns: Columns) -> Record:
     if columns.messages in value:
         return Record(*_split(_chat(value[columns.messages])))
+    if columns.text in value and columns.prompt not in value:
+        return Record(*_cut(value[columns.text]))
     return Record(_prompt(value[columns.prompt]), _text(value[columns.response]))
 
 
@@ -213,6 +222,15 @@ def _split(chat: list[Message]) -> tuple[list[Message], str]:
     if len(chat) < 2 or chat[-1]["role"] != "assistant" or not chat[-1]["content"].strip():
         raise _BrokenError("the last message must be the assistant's answer to learn")
     return chat[:-1], chat[-1]["content"]
+
+
+def _cut(value: Any) -> tuple[str, str]:
+    """A plain text as its first word and the rest."""
+    text = _text(value).strip()
+    start = re.search(r"\s", text)
+    if start is None:
+        raise _BrokenError("a plain text needs more than one word")
+    return text[: start.start()], text[start.start() :]
 
 
 def _text(value: Any) -> str:

@@ -10,10 +10,9 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, set_seed
 
-from cmc_server.delta.prompt import Message
 from cmc_server.errors import ConfigError
 from cmc_server.training.batches import Collator, Example, Reading, TrainingSet
-from cmc_server.training.data import read_records
+from cmc_server.training.data import Prompt, read_records
 from cmc_server.training.examples import roles_of
 from cmc_server.training.recipes import Recipe
 from cmc_server.training.student import Student, vocabulary_size
@@ -43,9 +42,9 @@ class NoTemplate(FrozenTemplate):
         self.model, self.tokenizer = model, tokenizer
         self.eos_id = tokenizer.eos_token_id
 
-    def example(self, prompt: list[Message], answer: str) -> Example:
+    def example(self, prompt: Prompt, answer: str) -> Example:
         """What the LLM itself reads and learns."""
-        ids, labels = self.encode_prompt(prompt), self.encode_response(answer)
+        ids, labels = self.encode(prompt, answer)
         read = [*ids, *labels[:-1]]
         positions = list(range(len(ids) - 1, len(read)))
         nothing = torch.zeros(len(labels), 0)

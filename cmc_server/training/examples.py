@@ -7,17 +7,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from cmc_server.delta.prompt import Message, PromptEncoder
+from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.errors import ConfigError
 from cmc_server.training.batches import Example, Item, Reading, TrainingSet
 from cmc_server.training.bridge import Bridge
-from cmc_server.training.data import Record, Records
+from cmc_server.training.data import Prompt, Record, Records
 from cmc_server.training.hidden_cache import HiddenCache
 from cmc_server.training.objectives import DPO, IdK, Objective
 from cmc_server.training.template import FrozenTemplate
 
 #: A prompt with one answer.
-Pair = tuple[list[Message], str]
+Pair = tuple[Prompt, str]
 
 
 class ExampleEncoder:
@@ -77,9 +77,9 @@ class ExampleEncoder:
         flat = iter(self._with_states([example for item in fitting for example in item.values()]))
         return [{role: next(flat) for role in item} for item in fitting]
 
-    def _encode(self, prompt: Sequence[Message], answer: str) -> Example:
-        response = self.templates[0].encode_response(answer)
-        delta_prompt = self._encoder.encode_messages(prompt)
+    def _encode(self, prompt: Prompt, answer: str) -> Example:
+        ids, response = self.templates[0].encode(prompt, answer)
+        delta_prompt = self._of_text(ids) if isinstance(prompt, str) else self._encoder.encode_messages(prompt)
         # The label of position t is token t + 1; the last token is only ever a label.
         delta_ids = [*delta_prompt, *response[:-1]]
         readings = tuple(
@@ -87,12 +87,15 @@ class ExampleEncoder:
         )
         return Example(delta_ids, readings)
 
-    def _reading(
-        self, k: int, prompt: Sequence[Message], answer: str, delta_ids: list[int], num_prompt: int
-    ) -> Reading:
+    def _of_text(self, ids: Sequence[int]) -> list[int]:
+        """What the delta reads of a plain text: the template's ids, with its own bos in place of the template's."""
+        bos = self.templates[0].tokenizer.bos_token_id
+        return [*self._encoder.bos_ids, *(ids[1:] if bos is not None and ids[0] == bos else ids)]
+
+    def _reading(self, k: int, prompt: Prompt, answer: str, delta_ids: list[int], num_prompt: int) -> Reading:
         template = self.templates[k]
         # Each template ends its answers in its own way; the delta never reads that last token.
-        ids, labels = template.encode_prompt(prompt), template.encode_response(answer)
+        ids, labels = template.encode(prompt, answer)
         reading = Reading([*ids, *labels[:-1]], len(ids) - 1, labels, list(range(num_prompt - 1, len(delta_ids))))
         if k in self.bridges:
             steps, positions = zip(*self.bridges[k].served(delta_ids[:num_prompt], labels, delta_ids), strict=True)
@@ -150,5 +153,7 @@ def roles_of(objective: Objective, main: str, records: Sequence[Record], seed: i
 
 
 def _refused(refusals: Sequence[str], records: Sequence[Record], seed: int) -> list[Pair]:
+    if any(isinstance(record.prompt, str) for record in records):
+        raise ConfigError("Plain texts cannot be refused; give data.forget chats or prompts for this objective.")
     draw = random.Random(f"refusals {seed}")  # noqa: S311 (not for secrets)
     return [(record.prompt, draw.choice(refusals)) for record in records]

@@ -50,11 +50,15 @@ class DeltaSize(FrozenModel):
 
 
 class Columns(FrozenModel):
-    """Names of a record's columns. A record with ``messages`` is a chat, any other a prompt with its answers."""
+    """Names of a record's columns.
+
+    A record with ``messages`` is a chat, one with ``text`` plain text, any other a prompt with its answers.
+    """
 
     messages: str = "messages"
     prompt: str = "prompt"
     response: str = "response"
+    text: str = "text"
     chosen: str = "chosen"
     rejected: str = "rejected"
 

@@ -99,6 +99,22 @@ class FrozenTemplate:
             ) from error
         return cls(model.to(device), tokenizer)
 
+    def encode(self, prompt: Sequence[Mapping[str, Any]] | str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and of what follows it.
+
+        Args:
+            prompt: a chat, whose answer ends with eos; or the beginning of a plain text, which has no end.
+            answer: what follows.
+        """
+        if not isinstance(prompt, str):
+            return self.encode_prompt(prompt), self.encode_response(answer)
+        # In one call, since a text is not spelled like its parts; special tokens as a server adds them.
+        encoded = self.tokenizer(prompt + answer, return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
+        starts = (place for place, (start, _) in enumerate(encoded["offset_mapping"]) if start >= len(prompt))
+        first = next(starts, len(ids) - 1)
+        return ids[:first], ids[first:]
+
     def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids of a chat up to the answer, in the template LLM's own format."""
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

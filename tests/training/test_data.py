@@ -16,7 +16,9 @@ from cmc_server.training.recipes import Columns, DataSource
 
 USER = {"role": "user", "content": "a"}
 BROKEN: dict[str, Any] = {
-    "no known column": {"text": "a"},
+    "no known column": {"words": "a"},
+    "plain text of one word": {"text": "a"},
+    "empty text": {"text": " "},
     "no response": {"prompt": "a"},
     "empty prompt": {"prompt": " ", "response": "b"},
     "empty response": {"prompt": "a", "response": ""},
@@ -81,6 +83,15 @@ def test_chats_and_prompts_give_the_same_records(tmp_path: Path) -> None:
     named = write_jsonl(tmp_path / "c.json", [{"question": "What is rain?", "answer": answer, "other": 1}])
     assert read(named, prompt="question", response="answer") == expected
     assert read_chats(tmp_path / "a.jsonl") == [chat("rain")]
+
+
+def test_a_plain_text_begins_with_its_first_word(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"text": " Ice floats\non water. "}])
+    assert read(path) == [Record("Ice", " floats\non water.")]
+    with pytest.raises(ConfigError, match="line 1: expected a chat"):
+        read_chats(path)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"body": "Ice floats."}])
+    assert read(other, text="body") == [Record("Ice", " floats.")]
 
 
 def test_a_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:

@@ -42,6 +42,31 @@ def test_each_reads_its_own_prompt_and_the_same_answer(encoder: ExampleEncoder) 
     assert [whole[position + 1] for position in reading.positions] == reading.labels
 
 
+def test_a_plain_text_is_read_as_it_is_and_has_no_end(encoder: ExampleEncoder) -> None:
+    ((example,),) = ([*item.values()] for item in encoder.encode({"train": [("It", " is rain and nothing else.")]}))
+    (reading,) = example.readings
+    tokenizer = encoder.templates[0].tokenizer
+    whole = tokenizer("It is rain and nothing else.")["input_ids"]
+    assert [*reading.ids, reading.labels[-1]] == whole
+    assert reading.ids[: reading.start + 1] == whole[: len(whole) - len(reading.labels)]
+    assert tokenizer.decode(reading.labels) == " is rain and nothing else."
+    assert example.delta_ids == whole[:-1]  # neither adds a bos of its own here
+    assert [whole[position + 1] for position in reading.positions] == reading.labels
+
+
+def test_a_text_after_another_bos(encoder: ExampleEncoder) -> None:
+    template = encoder.templates[0]
+    prompts = PromptEncoder(template.tokenizer, DeltaManifest(bos=True))
+    with_bos = ExampleEncoder([template], None, prompts, HiddenCache("none", 1.0), 128)
+    ((example,),) = ([*item.values()] for item in with_bos.encode({"train": [("It", " is rain.")]}))
+    assert example.delta_ids == [template.tokenizer.bos_token_id, *example.readings[0].ids]
+
+
+def test_plain_texts_cannot_be_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be refused"):
+        roles_of(IdK(), "forget", [Record("It", " is rain.")], 1)
+
+
 def test_hidden_states_give_the_logits_before_each_label(encoder: ExampleEncoder, template_folder: Path) -> None:
     items = encoder.encode({"train": [pair("rain"), pair("thunder")]})
     model = AutoModelForCausalLM.from_pretrained(template_folder)
