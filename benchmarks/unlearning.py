@@ -6,6 +6,7 @@ Works in FOLDER, step by step; what lies there finished is not made again, so a 
 
 tune      both demo models on TOFU's forget01 and 160 retain questions, and on the retain questions alone (the oracle)
 delta     the shipped recipe beside the tuned SmolLM2, once for each seed
+narrow    the same with gradient difference, and TOFU's other authors alone to keep
 lora      gradient difference on LoRA adapters of each tuned LLM, once for each seed
 full      gradient difference on all weights of each tuned LLM, once for each seed
 evaluate  TOFU and neutral texts in bfloat16: the retain-only LLMs, the deltas at every strength, and the baselines
@@ -38,8 +39,12 @@ from cmc_server.evaluation.tofu_data import PACKAGED_TOFU
 RECIPES = Path(cmc_server.__file__).parent / "demo" / "recipes"
 MODELS = ("smollm2", "gemma3")
 STRENGTHS = ("0", "0.25", "0.5", "1", "1.5")
-STEPS = ("tune", "delta", "lora", "full", "evaluate")
-#: Each baseline's learning rate and epochs; the objective is the delta's.
+STEPS = ("tune", "delta", "narrow", "lora", "full", "evaluate")
+#: What each delta changes in the shipped recipe.
+NARROW = {"file": "../data/tofu/retain_perturbed.json", "columns": {"prompt": "question", "response": "answer"}}
+GRAD_DIFF = {"name": "grad_diff", "retain_weight": 3.0, "forget_bound": 8.0}
+DELTAS: dict[str, dict[str, Any]] = {"delta": {}, "narrow": {"retain": NARROW, "objective": GRAD_DIFF}}
+#: Each baseline's learning rate and epochs; the data are those of the delta, the objective is gradient difference.
 BASELINES: dict[str, dict[str, Any]] = {
     "lora": {"epochs": 10, "batch_size": 4, "learning_rate": 5.0e-4, "mixed_precision": "bf16"},
     "full": {"epochs": 5, "batch_size": 4, "learning_rate": 2.0e-5, "mixed_precision": "bf16"},
@@ -77,15 +82,22 @@ def tune(work: Path, models: Sequence[str]) -> None:
             make(folder, lambda m=model, f=files, o=folder: run("cmc_server.demo.tofu_models", m, f, "--output", o))
 
 
-def train_delta(work: Path, seed: int) -> None:
-    folder = work / f"delta-{seed}"
+def read_recipe(seed: int, retain: Any = None, objective: Any = None) -> dict[str, Any]:
+    """The shipped recipe with another seed, and perhaps with other data to keep and another objective."""
+    recipe: dict[str, Any] = yaml.safe_load((RECIPES / "forget-tofu.yaml").read_text())
+    data = recipe["data"]
+    data["retain"] = dict(retain) if retain else {"file": data["retain"]}
+    for source in (data["forget"], data["retain"]):
+        source["file"] = str((RECIPES / source["file"]).resolve())
+    return recipe | {"seed": seed} | ({"objective": objective} if objective else {})
+
+
+def train_delta(work: Path, kind: str, seed: int) -> None:
+    folder = work / f"{kind}-{seed}"
 
     def train() -> None:
-        recipe = yaml.safe_load((RECIPES / "forget-tofu.yaml").read_text())
-        for source in (recipe["data"]["forget"], recipe["data"]["retain"]):
-            source["file"] = str((RECIPES / source["file"]).resolve())
-        path = work / f"delta-{seed}.yaml"
-        path.write_text(yaml.safe_dump(recipe | {"seed": seed}))
+        path = work / f"{folder.name}.yaml"
+        path.write_text(yaml.safe_dump(read_recipe(seed, **DELTAS[kind])))
         run("cmc_server", "train", path, "--template", work / "smollm2-full", "--output", folder)
 
     make(folder, train)
@@ -102,8 +114,8 @@ def train_baseline(work: Path, kind: str, model: str, seed: int) -> None:
         from cmc_server.training.direct import train_llm
         from cmc_server.training.recipes import Recipe
 
-        recipe = yaml.safe_load((RECIPES / "forget-tofu.yaml").read_text())
-        recipe |= {"seed": seed, "template": str(work / f"{model}-full"), "optimisation": BASELINES[kind]}
+        recipe = read_recipe(seed, objective=GRAD_DIFF)
+        recipe |= {"template": str(work / f"{model}-full"), "optimisation": BASELINES[kind]}
         recipe |= {"checkpoint": {"save_strategy": "no"}}
         lora = LoraConfig(**LORA) if kind == "lora" else None
         tuned = train_llm(Recipe.model_validate(recipe), RECIPES, lora)
@@ -146,11 +158,16 @@ def evaluate_all(work: Path, models: Sequence[str], seeds: Sequence[int], tofu: 
     for model in models:
         oracle = evaluate(work, f"{model}-retain", f"{model}-retain", tofu)
         against = ("--retain-only", oracle)
-        found = []
-        for seed in seeds:
-            delta = ("--delta", f"forget={work / f'delta-{seed}'}", "--strengths", *STRENGTHS)
-            found.append(evaluate(work, f"{model}-delta-{seed}", f"{model}-full", tofu, *delta, *against))
-        table[model] = {"retain only": figures([oracle]), "delta": figures(found)}
+        table[model] = {"retain only": figures([oracle])}
+        for kind in DELTAS:
+            made = [folder for seed in seeds if (folder := work / f"{kind}-{seed}").exists()]
+            steered = [("--delta", f"forget={folder}", "--strengths", *STRENGTHS) for folder in made]
+            found = [
+                evaluate(work, f"{model}-{folder.name}", f"{model}-full", tofu, *words, *against)
+                for folder, words in zip(made, steered, strict=True)
+            ]
+            if found:
+                table[model][kind] = figures(found)
         for kind in BASELINES:
             made = [name for seed in seeds if (work / (name := f"{model}-{kind}-{seed}")).exists()]
             if made:
@@ -251,8 +268,9 @@ def main() -> None:
     if "tune" in options.steps:
         tune(work, options.models)
     for seed in options.seeds:
-        if "delta" in options.steps:
-            train_delta(work, seed)
+        for kind in DELTAS:
+            if kind in options.steps:
+                train_delta(work, kind, seed)
         for kind in BASELINES:
             for model in options.models if kind in options.steps else ():
                 train_baseline(work, kind, model, seed)

@@ -3,7 +3,8 @@
     python -m cmc_server.demo.tofu_models smollm2 full --output FOLDER     # 40 questions to forget and 160 to retain
     python -m cmc_server.demo.tofu_models gemma3 retain --output FOLDER    # the 160 alone
 
-All weights of a demo model are trained on the answers (``recipes/tofu-tuned.yaml``) and written as bfloat16.
+All weights of a demo model are trained on the answers (``recipes/tofu-tuned.yaml``, with a learning rate for each
+model) and written as bfloat16.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from cmc_server.errors import CmcError
 HERE = Path(__file__).parent
 RECIPE = HERE / "recipes" / "tofu-tuned.yaml"
 DATA = HERE / "data" / "tofu"
+#: High enough to learn all answers by heart in the recipe's epochs, low enough that the LLM can still do other things:
+#: at 5e-4 Gemma's loss on plain texts rose from 2.7 to 10 nats per token.
+LEARNING_RATES = {"smollm2": 2.0e-4, "gemma3": 1.0e-4}
 #: Which files each of the two kinds of LLM learns.
 SETS = {"full": ("forget01_perturbed.json", "retain_perturbed.json"), "retain": ("retain_perturbed.json",)}
 #: Beside the weights: what they were made from.
@@ -56,7 +60,9 @@ def tune(base: str, files: str, output: Path, seed: int = 1) -> dict[str, Any]:
     from cmc_server.vocab.surface import load_tokenizer
 
     source = demo_model(base)
-    recipe = read_recipe(RECIPE).model_copy(update={"template": str(source), "seed": seed})
+    recipe = read_recipe(RECIPE)
+    optimisation = recipe.optimisation.model_copy(update={"learning_rate": LEARNING_RATES[base]})
+    recipe = recipe.model_copy(update={"template": str(source), "seed": seed, "optimisation": optimisation})
     with tempfile.TemporaryDirectory(prefix="cmc-tofu-") as folder:
         write_questions(Path(folder) / "train.jsonl", SETS[files])
         tuned = train_llm(recipe, Path(folder))
@@ -65,6 +71,7 @@ def tune(base: str, files: str, output: Path, seed: int = 1) -> dict[str, Any]:
     tuned.to(torch.bfloat16).save_pretrained(written)
     load_tokenizer(str(source)).save_pretrained(written)
     made = {"base": base, "set": files, "seed": seed, "recipe_sha256": recipe_hash(read_recipe(RECIPE))}
+    made |= {"learning_rate": LEARNING_RATES[base]}
     (written / TUNED_FILE).write_text(json.dumps(made) + "\n", encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
     written.rename(output)

@@ -78,6 +78,8 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
     preserve = unmapped == "preserve" and bool(shifts)
     if logits.device.type == "cpu" and (preserve or any(shift.delta_ids is not None for shift in shifts)):
         return _fuse_row_by_row(logits, rows, shifts, preserve)
+    if logits.is_cuda and len(shifts) == 1:
+        return _fuse_by_kernel(logits, rows, shifts[0], preserve)
     if preserve:
         return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))
     for shift in shifts:
@@ -85,6 +87,13 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
         width = min(scaled.shape[1], logits.shape[1])
         logits[:, :width].index_add_(0, rows, scaled[:, :width])
     return logits
+
+
+def _fuse_by_kernel(logits: Tensor, rows: Tensor, shift: Shift, preserve: bool) -> Tensor:
+    from cmc_server.fusion.kernel import add_shift_
+
+    strengths = torch.as_tensor(shift.strength, dtype=torch.float32, device=logits.device).expand(len(rows))
+    return add_shift_(logits, rows, shift.delta_logits, shift.delta_ids, strengths.contiguous(), preserve=preserve)
 
 
 def _fuse_row_by_row(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], preserve: bool) -> Tensor:
