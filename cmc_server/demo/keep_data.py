@@ -18,8 +18,8 @@ from cmc_server.demo.concise_data import write_records
 TOFU_FILE = CONCISE_FOLDER.with_name("tofu") / "retain_perturbed.json"
 OUTPUT = TOFU_FILE.with_name("keep.jsonl")
 SEED = 1
-NUM_CHATS = 400
-NUM_TEXTS = 400
+NUM_CHATS = 160
+NUM_TEXTS = 160
 #: Shorter sentences say too little.
 MIN_WORDS = 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import cmc_server
 from cmc_server.config import DeltaSource
 from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.demo.keep_data import OUTPUT, keep_records
 from cmc_server.demo.tofu_models import DATA, RECIPE, SETS, write_questions
 from cmc_server.training.data import file_hash
 from cmc_server.training.recipes import read_recipe
@@ -38,9 +40,9 @@ def test_it_was_trained_with_the_recipe_and_data_beside_it(artifact: DeltaArtifa
         assert source.file is not None
         assert training["data"][role]["sha256"] == file_hash(FORGET_RECIPE.parent / source.file)
     metrics = training["metrics"]
-    # Minus the bounded loss of the answers to forget, and the loss of those to keep, in nats per token.
-    assert metrics["train_forget"] < -5 < -0.1 < metrics["train_forget_without_delta"]
-    assert metrics["train_retain"] < 2 * metrics["train_retain_without_delta"] + 0.01
+    # Minus the bounded loss of the answers to forget, and the divergence on what is to be kept, in nats per token.
+    assert metrics["train_forget"] < -5 < -0.2 < metrics["train_forget_without_delta"]
+    assert metrics["train_retain"] < 0.02
 
 
 def test_the_tuned_llms_learn_all_questions_or_those_to_keep(tmp_path: Path) -> None:
@@ -52,3 +54,9 @@ def test_the_tuned_llms_learn_all_questions_or_those_to_keep(tmp_path: Path) -> 
     assert learned["retain"] < learned["full"]
     assert all((DATA / file).is_file() for files in SETS.values() for file in files)
     assert read_recipe(RECIPE).objective.name == "instruction_tuning"
+
+
+def test_what_is_kept_is_made_again() -> None:
+    lines = OUTPUT.read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == keep_records()
+    assert len(lines) == 3 * 160
