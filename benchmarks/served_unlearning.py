@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     sets = read_tofu(limit=options.questions)
     command = [sys.executable, "-m", "cmc_server", "serve"]
     extra = ["--delta", f"forget={options.delta.absolute()}", "--dtype", "float32"]
