@@ -18,8 +18,8 @@ from cmc_server.demo.first_sentence import sentences
 DATA_FOLDER = CONCISE_FOLDER.with_name("bullets")
 SEED = 1
 NUM_QUESTIONS = 800
-NUM_LEARNED = 400
-NUM_HELDOUT = 40
+NUM_LEARNED = 140
+NUM_HELDOUT = 36
 ANSWER_TOKENS = 120
 MARK = "- "
 #: Longer lists are cut, so that a list ends within the limits that demos set.
