@@ -118,11 +118,10 @@ class DeltaRunner:
         if not twins:
             return self._forward(feeds)
         output = torch.zeros(len(feeds), self.vocab_size, device=self.device)
-        for rows in (first, twins):
-            some = [feeds[row] for row in rows]
-            for feed in some:
-                feed.sequence.adopt(feed.ids)
-            output[torch.tensor(rows, device=self.device)] = self._forward(some)
+        output[torch.tensor(first, device=self.device)] = self._forward([feeds[row] for row in first])
+        for row in twins:
+            feeds[row].sequence.adopt(feeds[row].ids)
+        output[torch.tensor(twins, device=self.device)] = self._forward([feeds[row] for row in twins])
         return output
 
     def _forward(self, feeds: Sequence[Feed]) -> Tensor:
