@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -88,7 +89,10 @@ def test_no_error_of_our_own(server: RunningServer, bodies: dict[str, st.SearchS
 
 
 def post(server: RunningServer, route: str, body: dict[str, Any]) -> int:
-    """Send a body; any float and any text goes, as Python's JSON writes it."""
+    """Send a body, any float and any text as Python's JSON writes it; the status, or 500 if the answer breaks off."""
     # After an exception, the server closes a connection that the client would use again.
     headers = {"content-type": "application/json", "connection": "close"}
-    return server.http.post(route, content=json.dumps(body), headers=headers).status_code
+    try:
+        return server.http.post(route, content=json.dumps(body), headers=headers).status_code
+    except httpx.RemoteProtocolError:
+        return 500  # vLLM failed after it had begun to stream
