@@ -1,0 +1,120 @@
+"""BitDelta: signs and a few magnitudes instead of delta parameters (Liu et al. 2024, arXiv:2402.10193), and variants.
+
+The variants (several magnitude levels, a scaled statistic, random magnitudes) are those of the unified view of delta
+parameter editing (arXiv:2410.13841). Like the original code, the sign of 0 is taken as +1. A scale for each row is not
+in the papers: it is for weights without a base to be relative to, where one scale for a matrix is too coarse.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["tensor", "row"]
+Magnitudes = Literal["mean", "uniform", "normal"]
+
+
+def signs(delta: Tensor) -> Tensor:
+    """+1 or -1 for each element, float32 in the shape of ``delta``; 0 counts as +1."""
+    return torch.where(delta >= 0, 1.0, -1.0)
+
+
+def mean_scales(delta: Tensor, granularity: Granularity = "tensor", factor: float = 1.0) -> Tensor:
+    """The scales that minimise the squared error of sign(D) * scale, times a factor.
+
+    Args:
+        delta: D = W_post - W_base, [..., n] float32.
+        granularity: one scale for the tensor, or one for each row, a stretch of the last axis.
+        factor: c of the statistic variant, c mean|D|; 1 is BitDelta.
+
+    Returns:
+        float32, [..., 1] for rows and [1, ..., 1] for the tensor. Scales of rows are rounded to float16 where that
+        keeps them to a thousandth, since they are many and are stored beside one bit for each weight.
+    """
+    if granularity == "tensor":
+        return (delta.abs().mean() * factor).reshape([1] * delta.dim())
+    return rounded_scales(delta.abs().mean(-1, keepdim=True) * factor)
+
+
+def rounded_scales(scales: Tensor) -> Tensor:
+    """Scales as float16 holds them, if all are 0 or in its normal range, else as they are; float32."""
+    half = torch.finfo(torch.float16)
+    fits = (scales == 0) | ((scales >= half.tiny) & (scales <= half.max))
+    return scales.half().float() if bool(fits.all()) else scales
+
+
+def bitdelta(delta: Tensor, scales: Tensor) -> Tensor:
+    """sign(D) * scale, so that E = (scale - |D|) sign(D).
+
+    Args:
+        delta: D = W_post - W_base, [..., n] float32.
+        scales: float32 that broadcasts to it, as :func:`mean_scales` or a calibration gives them.
+
+    Returns:
+        The edited delta parameters, float32 in the shape of ``delta``.
+    """
+    return signs(delta) * scales
+
+
+def multilevel(delta: Tensor, levels: int, granularity: Granularity = "tensor", factor: float = 1.0) -> Tensor:
+    """sign(D) times the mean magnitude of its block, of ``levels`` blocks ordered by magnitude.
+
+    log2(levels) bits beside the sign; 1 level is BitDelta, as many as there are elements is lossless. Blocks of equal
+    count within each matrix are inferred, the paper does not say; counts differ by at most 1.
+
+    Args:
+        delta: D = W_post - W_base, [..., n] float32.
+        levels: at least 1; more than there are elements is as many as there are.
+        granularity: blocks of the tensor, or of each row.
+        factor: c on all magnitudes.
+
+    Returns:
+        The edited delta parameters, float32 in the shape of ``delta``.
+
+    Raises:
+        ValueError: fewer than 1 level.
+    """
+    if levels < 1:
+        raise ValueError(f"at least 1 level is needed, not {levels}")
+    rows = delta.reshape(1, -1) if granularity == "tensor" else delta.reshape(-1, delta.shape[-1])
+    ordered, order = rows.abs().sort(-1)
+    count = rows.shape[-1]
+    levels = min(levels, count)
+    bounds = [level * count // levels for level in range(levels + 1)]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        ordered[:, start:stop] = ordered[:, start:stop].mean(-1, keepdim=True)
+    magnitudes = torch.empty_like(ordered).scatter_(-1, order, ordered).view_as(delta)
+    return signs(delta) * magnitudes * factor
+
+
+def random_magnitudes(
+    delta: Tensor,
+    kind: Literal["uniform", "normal"],
+    generator: torch.Generator,
+    granularity: Granularity = "tensor",
+    factor: float = 1.0,
+) -> Tensor:
+    """sign(D) times random magnitudes whose mean is c mean|D|.
+
+    The paper does not say how far they spread; inferred here, in proportion to the mean m: U(0, 2 m), or the absolute
+    value of a normal variable with that mean.
+
+    Args:
+        delta: D = W_post - W_base, [..., n] float32.
+        kind: the distribution.
+        generator: where the magnitudes come from.
+        granularity: of the mean.
+        factor: c.
+
+    Returns:
+        The edited delta parameters, float32 in the shape of ``delta``.
+    """
+    scales = mean_scales(delta, granularity, factor)
+    if kind == "uniform":
+        relative = 2 * torch.rand(delta.shape, generator=generator)
+    else:
+        relative = torch.randn(delta.shape, generator=generator).abs() * math.sqrt(math.pi / 2)
+    return signs(delta) * scales * relative
