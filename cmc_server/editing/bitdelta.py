@@ -8,6 +8,7 @@ in the papers: it is for weights without a base to be relative to, where one sca
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -84,7 +85,7 @@ def multilevel(delta: Tensor, levels: int, granularity: Granularity = "tensor", 
     count = rows.shape[-1]
     levels = min(levels, count)
     bounds = [level * count // levels for level in range(levels + 1)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         ordered[:, start:stop] = ordered[:, start:stop].mean(-1, keepdim=True)
     magnitudes = torch.empty_like(ordered).scatter_(-1, order, ordered).view_as(delta)
     return signs(delta) * magnitudes * factor

@@ -111,7 +111,7 @@ class Shard:
         raw = torch.empty(count * stored.dtype.itemsize, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as stream:
             stream.seek(stored.offset + start * stored.dtype.itemsize)
-            view, filled = memoryview(raw.numpy()), 0
+            view, filled = raw.numpy().data, 0
             while filled < len(view):
                 got = stream.readinto(view[filled:])
                 if not got:
@@ -131,4 +131,4 @@ def write_shard(path: Path, header: bytes, pieces: Iterable[Tensor]) -> None:
     with path.open("wb") as stream:
         stream.write(header)
         for piece in pieces:
-            stream.write(memoryview(piece.contiguous().view(torch.uint8).numpy()))
+            stream.write(piece.contiguous().view(torch.uint8).numpy().data)

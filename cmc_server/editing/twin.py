@@ -24,7 +24,8 @@ def truncate(delta: Tensor, rank: int) -> Tensor:
     if rank >= min(delta.shape):
         return delta
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+    truncated: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return truncated
 
 
 def rank_of_rate(shape: tuple[int, ...], drop: float) -> int:
