@@ -5,8 +5,9 @@ Everything is computed in float64, since the differences may be a millionth of t
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def _terms(
 
 
 def _nll(model: PreTrainedModel, weights: dict[str, Tensor], example: Example) -> Tensor:
-    """Summed NLL of an example's labels. The attention is spelled out, since fused kernels have no second derivative."""
+    """Summed NLL of an example's labels, with plain attention: fused kernels have no second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         logits = functional_call(model, weights, (example.ids,), {"use_cache": False}).logits
     predicted = logits[0, example.first_label - 1 : -1].log_softmax(-1)
@@ -139,7 +140,7 @@ def _expected_deviation(edit: Edit, method: Dare, model: PreTrainedModel, exampl
     variances = (
         first_order_variance(edit.delta(name), gradient, method.drop, method.k) for name, gradient in gradients.items()
     )
-    return float(sum(variances)) ** 0.5
+    return math.sqrt(sum(variances))
 
 
 def _summary(intervals: np.ndarray) -> dict[str, dict[str, float]]:
@@ -153,9 +154,10 @@ def analysis_table(analysis: Mapping[str, Any]) -> list[str]:
     """The analysis as lines for people."""
     width = max(len(name) for name in ("tensor (each alone)", *analysis["tensors"]))
     head = f"{'tensor (each alone)':<{width}}" + "".join(f"{term.replace('_', ' '):>15}" for term in TERMS)
-    row: Callable[[str, Mapping[str, Any]], str] = lambda name, summary: (  # noqa: E731 - shorter than a function
-        f"{name:<{width}}" + "".join(f"{summary[term]['mean']:>15.3e}" for term in TERMS)
-    )
+
+    def row(name: str, summary: Mapping[str, Any]) -> str:
+        return f"{name:<{width}}" + "".join(f"{summary[term]['mean']:>15.3e}" for term in TERMS)
+
     total = analysis["total"]
     lines = [
         f"loss difference in nats per token, {analysis['examples']} examples, {analysis['tokens']} tokens",

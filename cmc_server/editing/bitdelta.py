@@ -8,7 +8,6 @@ in the papers: it is for weights without a base to be relative to, where one sca
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -82,11 +81,8 @@ def multilevel(delta: Tensor, levels: int, granularity: Granularity = "tensor", 
         raise ValueError(f"at least 1 level is needed, not {levels}")
     rows = delta.reshape(1, -1) if granularity == "tensor" else delta.reshape(-1, delta.shape[-1])
     ordered, order = rows.abs().sort(-1)
-    count = rows.shape[-1]
-    levels = min(levels, count)
-    bounds = [level * count // levels for level in range(levels + 1)]
-    for start, stop in pairwise(bounds):
-        ordered[:, start:stop] = ordered[:, start:stop].mean(-1, keepdim=True)
+    for block in ordered.tensor_split(min(levels, rows.shape[-1]), dim=-1):
+        block.copy_(block.mean(-1, keepdim=True).expand_as(block))
     magnitudes = torch.empty_like(ordered).scatter_(-1, order, ordered).view_as(delta)
     return signs(delta) * magnitudes * factor
 
