@@ -8,6 +8,7 @@ in the papers: it is for weights without a base to be relative to, where one sca
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -19,28 +20,35 @@ Magnitudes = Literal["mean", "uniform", "normal"]
 
 def signs(delta: Tensor) -> Tensor:
     """+1 or -1 for each element, float32 in the shape of ``delta``; 0 counts as +1."""
-    return torch.where(delta >= 0, 1.0, -1.0)
+    return torch.copysign(torch.ones(()), delta + 0.0)  # -0.0 + 0.0 is 0.0
 
 
-def mean_scales(delta: Tensor, granularity: Granularity = "tensor", factor: float = 1.0) -> Tensor:
-    """The scales that minimise the squared error of sign(D) * scale, times a factor.
+def tensor_mean(pieces: Iterable[Tensor]) -> Tensor:
+    """mean|D| of a tensor, the scale that minimises the squared error of sign(D) * scale.
 
     Args:
-        delta: D = W_post - W_base, [..., n] float32.
-        granularity: one scale for the tensor, or one for each row, a stretch of the last axis.
-        factor: c of the statistic variant, c mean|D|; 1 is BitDelta.
+        pieces: D = W_post - W_base in pieces along the first axis, float32.
 
     Returns:
-        float32, [..., 1] for rows and [1, ..., 1] for the tensor. Scales of rows are rounded to float16 where that
-        keeps them to a thousandth, since they are many and are stored beside one bit for each weight.
+        float32 with as many dimensions as the pieces, all of size 1.
     """
-    if granularity == "tensor":
-        return (delta.abs().mean() * factor).reshape([1] * delta.dim())
-    return rounded_scales(delta.abs().mean(-1, keepdim=True) * factor)
+    total, count, num_dims = 0.0, 0, 0
+    for piece in pieces:
+        total += float(piece.abs().sum(dtype=torch.float64))
+        count, num_dims = count + piece.numel(), piece.dim()
+    return torch.tensor(total / max(1, count)).reshape([1] * num_dims)
+
+
+def row_means(delta: Tensor) -> Tensor:
+    """mean|D| of each row, a stretch of the last axis: [..., n] float32 to [..., 1] float32."""
+    return delta.abs().mean(-1, keepdim=True)
 
 
 def rounded_scales(scales: Tensor) -> Tensor:
-    """Scales as float16 holds them, if all are 0 or in its normal range, else as they are; float32."""
+    """Scales as float16 holds them, if all are 0 or in its normal range, else as they are; float32.
+
+    For those of rows, which are many and are stored beside one bit for each weight; float16 is off by 1/2048 at most.
+    """
     half = torch.finfo(torch.float16)
     fits = (scales == 0) | ((scales >= half.tiny) & (scales <= half.max))
     return scales.half().float() if bool(fits.all()) else scales
@@ -51,7 +59,8 @@ def bitdelta(delta: Tensor, scales: Tensor) -> Tensor:
 
     Args:
         delta: D = W_post - W_base, [..., n] float32.
-        scales: float32 that broadcasts to it, as :func:`mean_scales` or a calibration gives them.
+        scales: float32 that broadcast to it: c mean|D| of the tensor or of rows, or what a calibration made of them.
+            c = 1 is BitDelta, another one the statistic variant.
 
     Returns:
         The edited delta parameters, float32 in the shape of ``delta``.
@@ -109,7 +118,7 @@ def random_magnitudes(
     Returns:
         The edited delta parameters, float32 in the shape of ``delta``.
     """
-    scales = mean_scales(delta, granularity, factor)
+    scales = factor * (tensor_mean([delta]) if granularity == "tensor" else row_means(delta))
     if kind == "uniform":
         relative = 2 * torch.rand(delta.shape, generator=generator)
     else:

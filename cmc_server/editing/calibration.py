@@ -39,7 +39,7 @@ def calibrate_scales(
         seed: of the order of the texts.
 
     Returns:
-        The trained scales; those of rows rounded as :func:`cmc_server.editing.bitdelta.mean_scales` does.
+        The trained scales; those of rows rounded as :func:`cmc_server.editing.bitdelta.rounded_scales` does.
 
     Raises:
         ConfigError: the texts cannot be encoded.

@@ -30,8 +30,8 @@ def dare(delta: Tensor, drop: float, generator: torch.Generator, k: float = 0.0)
         ValueError: p lies outside [0, 1), where the rescaling has no meaning.
     """
     _check(drop)
-    marked = torch.rand(delta.shape, generator=generator) < drop
-    return delta * torch.where(marked, k, (1 - k * drop) / (1 - drop))
+    kept = torch.rand(delta.shape, generator=generator).ge_(drop)  # 1.0 and 0.0: far faster than bool and where
+    return delta * kept.mul_((1 - k * drop) / (1 - drop) - k).add_(k)
 
 
 def edit_intensity(drop: float, k: float = 0.0) -> float:

@@ -15,10 +15,9 @@ import torch
 from tqdm import tqdm
 
 from cmc_server import __version__
-from cmc_server.editing import bitdelta
 from cmc_server.editing.checkpoint import INDEX, Checkpoint
 from cmc_server.editing.edit_options import ZERO, EditOptions
-from cmc_server.editing.methods import Apply, BitDelta
+from cmc_server.editing.methods import BitDelta
 from cmc_server.editing.packed import PACKED_FILE, write_packed
 from cmc_server.editing.stream import Edit, Sources, write_edited
 from cmc_server.editing.writing import check_output, copy_companions, part_folder, write_provenance
@@ -47,7 +46,7 @@ def run_edit(options: EditOptions, as_json: bool = False) -> int:
     if options.output is not None:
         check_output(options.output, sources.checkpoints, force=options.force)
     scales = _scales(options, sources)
-    edit = Edit(sources, options.build(), options.seed, _one_bit(scales) if scales is not None else None)
+    edit = Edit(sources, options.build(), options.seed, scales)
     report = _describe(options, sources)
     if options.analyse is not None:
         report["analysis"] = _analyse(options, edit)
@@ -69,7 +68,7 @@ def _scales(options: EditOptions, sources: Sources) -> dict[str, torch.Tensor] |
     if not isinstance(method, BitDelta) or not (options.packed or options.calibrate):
         return None
     edit = Edit(sources, method, options.seed)
-    scales = {name: method.scales(edit.delta(name)) for name in edit.edited_names()}
+    scales = {name: edit.measure(name) for name in edit.edited_names()}
     if options.calibrate is None:
         return scales
     from cmc_server.editing.calibration import calibrate_scales
@@ -78,10 +77,6 @@ def _scales(options: EditOptions, sources: Sources) -> dict[str, torch.Tensor] |
     return calibrate_scales(
         edit, scales, read_texts(options.calibrate), options.calibration_steps, options.calibration_rate, options.seed
     )
-
-
-def _one_bit(scales: Mapping[str, torch.Tensor]) -> Apply:
-    return lambda name, deltas, _: bitdelta.bitdelta(deltas[0], scales[name])
 
 
 def _analyse(options: EditOptions, edit: Edit) -> dict[str, Any]:
@@ -158,19 +153,17 @@ def _result(edit: Edit) -> dict[str, Any]:
         "edited_tensors": totals.tensors,
         "copied_tensors": len(edit.sources.post.names) - totals.tensors,
         "delta_parameters": totals.elements,
-        "nonzero_after": totals.kept,
-        "delta_norm": math.sqrt(totals.delta_squared),
-        "edit_norm": math.sqrt(totals.edit_squared),
+        "norm_before": math.sqrt(totals.squares_before),
+        "norm_after": math.sqrt(totals.squares_after),
     }
 
 
 def _text(report: Mapping[str, Any]) -> str:
     result = report["result"]
-    share = result["nonzero_after"] / max(1, result["delta_parameters"])
     lines = [
         f"{report['method']} of {result['edited_tensors']} tensors ({result['copied_tensors']} copied), "
-        f"{result['delta_parameters']:,} delta parameters, {share:.1%} of them not 0 afterwards",
-        f"norm of the delta parameters {result['delta_norm']:.6g}, of the edit {result['edit_norm']:.6g}",
+        f"{result['delta_parameters']:,} delta parameters, norm {result['norm_before']:.6g} before "
+        f"and {result['norm_after']:.6g} after",
     ]
     if "packed" in report:
         packed = report["packed"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,39 +14,53 @@ from cmc_server.config import FrozenModel, build
 from cmc_server.editing import bitdelta, dare, expo, magnitude, ties, twin
 from cmc_server.errors import ConfigError
 
-#: From a tensor's name, its delta parameters in each post-trained model (float32, of one shape) and a generator of
-#: its own to the edited delta parameters, float32 in that shape.
-Apply = Callable[[str, Sequence[Tensor], torch.Generator], Tensor]
-#: From the number of a post-trained model to all delta parameters that are edited, in pieces.
-AllDeltas = Callable[[int], Iterator[Tensor]]
+#: From the number of a post-trained model to delta parameters of it, in pieces of whole rows, float32.
+Deltas = Callable[[int], Iterable[Tensor]]
 
 
 class Method(FrozenModel):
     """One way to edit delta parameters; the fields are its options."""
 
-    #: Whether each element is edited by itself, so that a tensor may come in pieces.
-    elementwise: ClassVar[bool] = False
     #: How few and how many dimensions a tensor must have; the others stay as in the post-trained model.
     dims: ClassVar[tuple[int, int]] = (0, 99)
+    #: What must be known before the first piece can be edited: of each tensor, or of the whole model.
+    measures: ClassVar[Literal["nothing", "tensor", "model"]] = "nothing"
+
+    @property
+    def whole(self) -> bool:
+        """Whether a tensor can only be edited in one piece."""
+        return False
 
     @property
     def draws(self) -> bool:
         """Whether the result depends on the seed."""
         return False
 
-    def prepare(self, deltas: AllDeltas, num_models: int) -> Apply:
-        """The edit, after whatever must be known of the whole model."""
-        return self.apply
+    def measure(self, deltas: Deltas, num_models: int) -> Any:
+        """What :meth:`apply` must know of the tensor, or of the model, that ``deltas`` gives."""
+        return None
 
-    def apply(self, name: str, deltas: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """Edit one tensor, see :data:`Apply`."""
+    def measured_rows(self, measured: Any, rows: slice) -> Any:
+        """The part of what was measured that belongs to some rows of a tensor."""
+        return measured
+
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
+        """Edit a piece of a tensor.
+
+        Args:
+            deltas: its delta parameters in each post-trained model, float32 of one shape.
+            measured: what :meth:`measure` gave, for these rows.
+            generator: of this tensor; the pieces come in order.
+
+        Returns:
+            The edited delta parameters, float32 in that shape.
+        """
         raise NotImplementedError
 
 
 class Dare(Method):
     """Options of :mod:`cmc_server.editing.dare`."""
 
-    elementwise = True
     drop: float = Field(default=0.9, ge=0, lt=1)
     k: float = 0.0
 
@@ -55,7 +69,7 @@ class Dare(Method):
         """Masks are random unless nothing is dropped."""
         return self.drop > 0
 
-    def apply(self, name: str, deltas: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
         """Drop and rescale."""
         return dare.dare(deltas[0], self.drop, generator, self.k)
 
@@ -63,17 +77,23 @@ class Dare(Method):
 class Magnitude(Method):
     """Options of :mod:`cmc_server.editing.magnitude`."""
 
+    measures = "tensor"
     drop: float = Field(default=0.9, ge=0, lt=1)
 
-    def apply(self, name: str, deltas: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def measure(self, deltas: Deltas, num_models: int) -> float:
+        """The tensor's threshold, which takes two passes over it."""
+        return magnitude.pruning_threshold(lambda: deltas(0), self.drop)
+
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
         """Prune within the tensor."""
-        return magnitude.prune_smallest(deltas[0], self.drop)
+        return magnitude.prune_below(deltas[0], measured)
 
 
 class BitDelta(Method):
     """Options of :mod:`cmc_server.editing.bitdelta`."""
 
     dims = (2, 99)
+    measures = "tensor"
     levels: int = Field(default=1, ge=1)
     factor: float = Field(default=1.0, gt=0)
     magnitudes: bitdelta.Magnitudes = "mean"
@@ -95,17 +115,30 @@ class BitDelta(Method):
         """Whether signs and scales say everything."""
         return self.levels == 1 and self.magnitudes == "mean"
 
-    def scales(self, delta: Tensor) -> Tensor:
-        """Scales of one tensor, before any calibration."""
-        return bitdelta.mean_scales(delta, self.granularity, self.factor)
+    @property
+    def whole(self) -> bool:
+        """Levels are told apart by a sort, and random magnitudes drawn beside it."""
+        return not self.is_one_bit
 
-    def apply(self, name: str, deltas: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def measure(self, deltas: Deltas, num_models: int) -> Tensor | None:
+        """The scales, float32 [rows, ..., 1] or [1, ..., 1]; None for the variants that see the tensor whole."""
+        if not self.is_one_bit:
+            return None
+        if self.granularity == "row":
+            return bitdelta.rounded_scales(self.factor * torch.cat([bitdelta.row_means(one) for one in deltas(0)]))
+        return self.factor * bitdelta.tensor_mean(deltas(0))
+
+    def measured_rows(self, measured: Any, rows: slice) -> Any:
+        """The scales of some rows; a scale of the tensor is everybody's."""
+        return measured[rows] if self.is_one_bit and self.granularity == "row" else measured
+
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
         """Keep the signs, and the magnitudes that the variant says."""
         if self.magnitudes != "mean":
             return bitdelta.random_magnitudes(deltas[0], self.magnitudes, generator, self.granularity, self.factor)
         if self.levels > 1:
             return bitdelta.multilevel(deltas[0], self.levels, self.granularity, self.factor)
-        return bitdelta.bitdelta(deltas[0], self.scales(deltas[0]))
+        return bitdelta.bitdelta(deltas[0], measured)
 
 
 class Twin(Method):
@@ -115,7 +148,12 @@ class Twin(Method):
     drop: float = Field(default=0.9, ge=0, lt=1)
     rank: int | None = Field(default=None, ge=1)
 
-    def apply(self, name: str, deltas: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    @property
+    def whole(self) -> bool:
+        """An SVD is of a whole matrix."""
+        return True
+
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
         """Truncate the SVD."""
         delta = deltas[0]
         return twin.truncate(delta, self.rank or twin.rank_of_rate(tuple(delta.shape), self.drop))
@@ -124,27 +162,26 @@ class Twin(Method):
 class Ties(Method):
     """Options of :mod:`cmc_server.editing.ties`. With one model the edit is the trimming alone, times ``factor``."""
 
-    elementwise = True
+    measures = "model"
     drop: float = Field(default=0.8, ge=0, lt=1)
     factor: float = 1.0
 
-    def prepare(self, deltas: AllDeltas, num_models: int) -> Apply:
-        """Find every model's threshold, which takes two passes over its delta parameters."""
-        thresholds = [ties.trim_threshold(deltas(model), deltas(model), self.drop) for model in range(num_models)]
-        return partial(self._merge, thresholds)
+    def measure(self, deltas: Deltas, num_models: int) -> list[float]:
+        """Every model's threshold, which takes two passes over its delta parameters."""
+        return [magnitude.pruning_threshold(partial(deltas, model), self.drop) for model in range(num_models)]
 
-    def _merge(self, thresholds: list[float], name: str, deltas: Sequence[Tensor], _: torch.Generator) -> Tensor:
-        trimmed = [ties.trim(delta, threshold) for delta, threshold in zip(deltas, thresholds, strict=True)]
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
+        """Trim and, of several models, elect and merge."""
+        trimmed = [magnitude.prune_below(delta, threshold) for delta, threshold in zip(deltas, measured, strict=True)]
         return trimmed[0] * self.factor if len(trimmed) == 1 else ties.elect_and_merge(trimmed, self.factor)
 
 
 class Expo(Method):
     """Options of :mod:`cmc_server.editing.expo`."""
 
-    elementwise = True
     alpha: float = 0.3
 
-    def apply(self, name: str, deltas: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
         """Extrapolate, or interpolate."""
         return expo.expo(deltas[0], self.alpha)
 

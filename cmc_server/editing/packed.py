@@ -78,7 +78,7 @@ def _stored_pieces(edit: Edit, scales: Mapping[str, Tensor], name: str) -> Itera
         return
     for _ in edit.tensor(name):  # for its checks and totals
         pass
-    yield pack_signs(edit.delta(name)).flatten()
+    yield from (pack_signs(delta).flatten() for delta in edit.deltas(name))
     yield scales[name].to(_scale_type(scales[name])).flatten()
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmc_server.editing.checkpoint import Checkpoint, check_agreement
-from cmc_server.editing.methods import Apply, Method
+from cmc_server.editing.methods import Method
 from cmc_server.editing.seeds import generator
 from cmc_server.editing.shards import StoredTensor, write_shard
 from cmc_server.errors import EditingError
 
-#: Elements of a piece: what is worked on then stays in a processor's cache.
-PIECE = 1 << 20
+#: Elements of a piece, if rows are no longer: what is worked on then stays in a processor's cache.
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,27 @@ class Sources:
         chosen = chosen and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
         return chosen and stored.dtype.is_floating_point and low <= len(stored.shape) <= high and 0 not in stored.shape
 
-    def read(self, checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a tensor as float32, [stop - start].
 
-        Raises:
-            EditingError: they hold NaN or infinity.
-        """
-        values = checkpoint.read(name, start, stop).float()
-        if not _is_finite(values):
-            raise EditingError(f"{name} of {checkpoint.folder} holds NaN or infinity.")
-        return values
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a tensor, as they lie in the file."""
+
+    rows: slice
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+def _pieces(stored: StoredTensor, whole: bool) -> Iterator[_Piece]:
+    if whole or not stored.shape:
+        yield _Piece(slice(None), 0, stored.num_elements, stored.shape)
+        return
+    num_rows = stored.shape[0]
+    row = stored.num_elements // max(1, num_rows)
+    step = max(1, PIECE // max(1, row))
+    for first in range(0, num_rows, step):
+        last = min(first + step, num_rows)
+        yield _Piece(slice(first, last), first * row, last * row, (last - first, *stored.shape[1:]))
 
 
 @dataclass
@@ -84,16 +96,14 @@ class Totals:
     Args:
         tensors: how many were edited; the others were copied.
         elements: their delta parameters.
-        kept: of these, how many are not 0 after the edit.
-        delta_squared: sum of squares of the delta parameters D = W_post - W_base.
-        edit_squared: sum of squares of the edited delta parameters minus D, before rounding to the stored type.
+        squares_before: sum of squares of the delta parameters.
+        squares_after: the same of the edited ones, before rounding to the stored type.
     """
 
     tensors: int = 0
     elements: int = 0
-    kept: int = 0
-    delta_squared: float = 0.0
-    edit_squared: float = 0.0
+    squares_before: float = 0.0
+    squares_after: float = 0.0
 
 
 class Edit:
@@ -103,13 +113,27 @@ class Edit:
         sources: what is read.
         method: what is done.
         seed: of methods that draw.
-        apply: the prepared method; None prepares it, which may read everything.
+        measured: what the method measures of each tensor, where that is known already, such as calibrated scales.
     """
 
-    def __init__(self, sources: Sources, method: Method, seed: int, apply: Apply | None = None) -> None:
+    def __init__(self, sources: Sources, method: Method, seed: int, measured: Mapping[str, Any] | None = None) -> None:
         self.sources, self.method, self.seed = sources, method, seed
-        self._apply = apply or method.prepare(self._all_deltas, len(sources.posts))
         self.totals = Totals()
+        self._measured = dict(measured or {})
+        if method.measures == "model":
+            names = self.edited_names()
+            every = method.measure(lambda model: self._deltas(names, model), len(sources.posts))
+            self._measured |= dict.fromkeys(names, every)
+
+    def edited_names(self) -> list[str]:
+        """The tensors that the method takes."""
+        return [name for name in self.sources.post.names if self.sources.is_edited(name, self.method)]
+
+    def measure(self, name: str) -> Any:
+        """What the method must know of a tensor before it edits it."""
+        if name in self._measured or self.method.measures == "nothing":
+            return self._measured.get(name)
+        return self.method.measure(lambda model: self._deltas([name], model), len(self.sources.posts))
 
     def tensor(self, name: str) -> Iterator[Tensor]:
         """One tensor of the edited checkpoint: flat pieces in the stored type of the first post-trained model.
@@ -117,72 +141,58 @@ class Edit:
         Raises:
             EditingError: a source holds NaN or infinity, or the result does not fit the stored type.
         """
-        sources = self.sources
-        stored = sources.post.stored(name)
-        if not sources.is_edited(name, self.method):
+        stored = self.sources.post.stored(name)
+        if not self.sources.is_edited(name, self.method):
             yield from self._copied(name, stored)
             return
         self.totals.tensors += 1
-        draws = generator(self.seed, name)
-        for start, stop, shape in self._pieces(stored):
-            base, posts = self._read_all(name, start, stop)
-            deltas = [(post if base is None else post - base).view(shape) for post in posts]
-            edited = self._apply(name, deltas, draws).flatten()
-            delta = deltas[0].flatten()
-            self._count(delta, edited)
-            if base is not None:
-                # Where nothing is changed the weight stays as it is, free of the rounding of base + (post - base).
-                edited = torch.where(edited == delta, posts[0], base + edited)
-            result = edited.to(stored.dtype)
-            if not _is_finite(result.float()):
-                raise EditingError(f"The edited {name} does not fit its type {stored.dtype}.")
-            yield result
+        measured, draws = self.measure(name), generator(self.seed, name)
+        for piece in _pieces(stored, self.method.whole):
+            posts, deltas = self._read(name, piece)
+            squares = [_squares(delta) for delta in deltas]
+            if not all(square.isfinite() for square in squares):
+                self._refuse_unless_finite(name, piece)
+            edited = self.method.apply(deltas, self.method.measured_rows(measured, piece.rows), draws)
+            self.totals.elements += edited.numel()
+            self.totals.squares_before += float(squares[0])
+            self.totals.squares_after += float(_squares(edited))
+            # As W_post + E: where nothing changes, not a bit does.
+            result = edited if self.sources.base is None else edited.sub(deltas[0]).add_(posts[0])
+            yield _stored(result, stored.dtype, name).flatten()
 
     def delta(self, name: str) -> Tensor:
         """All delta parameters of a tensor in the first post-trained model, float32 in its shape."""
-        stored = self.sources.post.stored(name)
-        base, posts = self._read_all(name, 0, stored.num_elements)
-        return (posts[0] if base is None else posts[0] - base).view(stored.shape)
+        return self._read(name, next(_pieces(self.sources.post.stored(name), True)))[1][0]
 
-    def edited_names(self) -> list[str]:
-        """The tensors that the method takes."""
-        return [name for name in self.sources.post.names if self.sources.is_edited(name, self.method)]
+    def deltas(self, name: str) -> Iterator[Tensor]:
+        """The same in pieces along the first axis."""
+        return self._deltas([name], 0)
+
+    def _deltas(self, names: Iterable[str], model: int) -> Iterator[Tensor]:
+        for name in names:
+            for piece in _pieces(self.sources.post.stored(name), False):
+                yield self._read(name, piece)[1][model]
+
+    def _read(self, name: str, piece: _Piece) -> tuple[list[Tensor], list[Tensor]]:
+        """A piece of the post-trained models' weights and of their delta parameters, float32."""
+        posts = [post.read(name, piece.start, piece.stop).float().view(piece.shape) for post in self.sources.posts]
+        if self.sources.base is None:
+            return posts, posts
+        base = self.sources.base.read(name, piece.start, piece.stop).float().view(piece.shape)
+        return posts, [post - base for post in posts]
+
+    def _refuse_unless_finite(self, name: str, piece: _Piece) -> None:
+        for checkpoint in self.sources.checkpoints:
+            if not bool(checkpoint.read(name, piece.start, piece.stop).float().isfinite().all()):
+                raise EditingError(f"{name} of {checkpoint.folder} holds NaN or infinity.")
 
     def _copied(self, name: str, stored: StoredTensor) -> Iterator[Tensor]:
         post = self.sources.post
-        for start in range(0, stored.num_elements, PIECE):
-            piece = post.read(name, start, min(start + PIECE, stored.num_elements))
-            if stored.dtype.is_floating_point and not _is_finite(piece.float()):
+        for piece in _pieces(stored, False):
+            values = post.read(name, piece.start, piece.stop)
+            if stored.dtype.is_floating_point and not bool(values.float().isfinite().all()):
                 raise EditingError(f"{name} of {post.folder} holds NaN or infinity.")
-            yield piece
-
-    def _pieces(self, stored: StoredTensor) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        count = stored.num_elements
-        if not self.method.elementwise:
-            yield 0, count, stored.shape
-            return
-        for start in range(0, count, PIECE):
-            stop = min(start + PIECE, count)
-            yield start, stop, (stop - start,)
-
-    def _read_all(self, name: str, start: int, stop: int) -> tuple[Tensor | None, list[Tensor]]:
-        sources = self.sources
-        base = None if sources.base is None else sources.read(sources.base, name, start, stop)
-        return base, [sources.read(post, name, start, stop) for post in sources.posts]
-
-    def _all_deltas(self, model: int) -> Iterator[Tensor]:
-        for name in self.edited_names():
-            count = self.sources.post.stored(name).num_elements
-            for start in range(0, count, PIECE):
-                base, posts = self._read_all(name, start, min(start + PIECE, count))
-                yield posts[model] if base is None else posts[model] - base
-
-    def _count(self, delta: Tensor, edited: Tensor) -> None:
-        self.totals.elements += delta.numel()
-        self.totals.kept += int(edited.count_nonzero())
-        self.totals.delta_squared += float(delta.dot(delta))
-        difference = edited - delta
-        self.totals.edit_squared += float(difference.dot(difference))
+            yield values
 
 
 def write_edited(edit: Edit, folder: Path, advance: Callable[[int], object]) -> None:
@@ -205,6 +215,14 @@ def told(pieces: Iterator[Tensor], advance: Callable[[int], object]) -> Iterator
         advance(piece.nbytes)
 
 
-def _is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite. The sum says so at a fraction of the cost, unless it overflows."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+def _squares(values: Tensor) -> Tensor:
+    """Sum of squares: finite only if every value is, at a fraction of the cost of asking each one."""
+    return values.flatten().dot(values.flatten())
+
+
+def _stored(result: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    low, high = result.aminmax()
+    limit = torch.finfo(dtype).max
+    if not (float(low) >= -limit and float(high) <= limit):  # NaN is neither
+        raise EditingError(f"The edited {name} does not fit its type {dtype}.")
+    return result.to(dtype)

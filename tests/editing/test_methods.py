@@ -14,7 +14,7 @@ from torch import Tensor
 from cmc_server.editing import bitdelta, ties
 from cmc_server.editing.dare import dare, edit_intensity, first_order_variance
 from cmc_server.editing.expo import expo
-from cmc_server.editing.magnitude import prune_smallest, smallest
+from cmc_server.editing.magnitude import prune_below, pruning_threshold
 from cmc_server.editing.methods import METHODS, build_method
 from cmc_server.editing.seeds import generator
 from cmc_server.editing.twin import rank_of_rate, truncate
@@ -75,28 +75,33 @@ def test_generators_differ_by_seed_and_by_name() -> None:
     assert float(torch.rand(1, generator=generator(1, "a"))) == draws[1, "a"]
 
 
-@given(shapes, seeds, st.floats(0, 1))
-def test_magnitude_pruning_is_a_sort(shape: tuple[int, int], seed: int, drop: float) -> None:
-    delta = (4 * matrix(shape, seed)).round()  # with many ties
-    order = np.argsort(delta.abs().flatten().numpy(), kind="stable")
-    expected = delta.clone().flatten()
-    expected[torch.from_numpy(order[: round(drop * delta.numel())].copy())] = 0
-    assert torch.equal(prune_smallest(delta, drop).flatten(), expected)
-    assert int(smallest(delta.abs(), delta.numel() // 2).sum()) == delta.numel() // 2
+@given(st.integers(1, 200), seeds, st.floats(0, 0.99), st.booleans())
+def test_pruning_is_a_sort(count: int, seed: int, drop: float, with_ties: bool) -> None:
+    delta = matrix((count,), seed)
+    delta = delta.round() if with_ties else delta
+    threshold = pruning_threshold(lambda: delta.split(7), drop)
+    magnitudes = np.sort(np.abs(delta.numpy()))
+    rank = round(drop * count)
+    assert threshold == (magnitudes[rank] if rank < count else math.inf)
+    pruned = prune_below(delta, threshold)
+    assert torch.equal(pruned, delta * (delta.abs() >= threshold))
+    if not with_ties:
+        assert int((pruned != 0).sum()) == count - rank
 
 
 def test_pruning_a_share_too_small_for_one_element_prunes_none() -> None:
     delta = matrix((2, 3))
-    assert torch.equal(prune_smallest(delta, 0.05), delta)
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        prune_smallest(delta, 1.1)
+    assert torch.equal(prune_below(delta, pruning_threshold(lambda: [delta], 0.05)), delta)
+    assert pruning_threshold(list, 0.5) == math.inf
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        pruning_threshold(lambda: [delta], 1.0)
 
 
 def test_bitdelta_by_hand() -> None:
     delta = torch.tensor([[1.0, -3.0, 0.0, 4.0], [2.0, -2.0, 2.0, -2.0]])
-    for_all = bitdelta.bitdelta(delta, bitdelta.mean_scales(delta))
+    for_all = bitdelta.bitdelta(delta, bitdelta.tensor_mean([delta]))
     assert for_all.tolist() == [[2, -2, 2, 2], [2, -2, 2, -2]]  # the sign of 0 is +
-    for_rows = bitdelta.bitdelta(delta, bitdelta.mean_scales(delta, "row", 0.5))
+    for_rows = bitdelta.bitdelta(delta, 0.5 * bitdelta.row_means(delta))
     assert for_rows.tolist() == [[1, -1, 1, 1], [1, -1, 1, -1]]
 
 
@@ -118,7 +123,7 @@ def test_levels_are_means_of_blocks_by_magnitude(
 
 def test_one_level_is_bitdelta_and_as_many_as_elements_is_lossless() -> None:
     delta = matrix((6, 8))
-    one = bitdelta.bitdelta(delta, bitdelta.mean_scales(delta))
+    one = bitdelta.bitdelta(delta, bitdelta.tensor_mean([delta]))
     torch.testing.assert_close(bitdelta.multilevel(delta, 1), one)
     torch.testing.assert_close(bitdelta.multilevel(delta, 48), delta)
     errors = [float((bitdelta.multilevel(delta, 2**bits) - delta).norm()) for bits in range(6)]
@@ -157,23 +162,8 @@ def test_rank_of_a_rate() -> None:
         truncate(torch.ones(2, 2), 0)
 
 
-@given(st.integers(1, 200), seeds, st.floats(0, 0.99), st.booleans())
-def test_the_trimming_threshold_is_that_of_a_sort(count: int, seed: int, drop: float, rounded: bool) -> None:
-    delta = matrix((count,), seed)
-    delta = delta.round() if rounded else delta
-    pieces = list(delta.split(7))
-    threshold = ties.trim_threshold(pieces, pieces, drop)
-    magnitudes = np.sort(np.abs(delta.numpy()))
-    rank = round(drop * count)
-    assert threshold == (magnitudes[rank] if rank < count else math.inf)
-    kept = ties.trim(delta, threshold)
-    assert torch.equal(kept, delta * (delta.abs() >= threshold))
-    if not rounded:
-        assert int((kept != 0).sum()) == count - rank
-
-
 def test_elect_and_merge_against_a_loop() -> None:
-    deltas = [ties.trim(matrix((5, 7), seed), 0.5) for seed in range(3)]
+    deltas = [prune_below(matrix((5, 7), seed), 0.5) for seed in range(3)]
     expected = np.zeros((5, 7))
     for place in np.ndindex(5, 7):
         values = [float(delta[place]) for delta in deltas]
@@ -216,7 +206,8 @@ def test_every_method_leaves_zeros_and_its_inputs_alone() -> None:
         method = build_method(name, {})
         delta = matrix((4, 6))
         before = delta.clone()
-        apply = method.prepare(lambda _, all_deltas=delta: iter([all_deltas]), 1)
-        assert apply("w", [delta], generator(0, "w")).shape == delta.shape
+        for values in (delta, torch.zeros(4, 6)):
+            measured = method.measure(lambda _, values=values: [values], 1)  # type: ignore[misc]
+            edited = method.apply([values], measured, generator(0, "w"))
+            assert edited.shape == values.shape and bool(edited.any()) == bool(values.any())
         assert torch.equal(delta, before)
-        assert not apply("w", [torch.zeros(4, 6)], generator(0, "w")).any()
