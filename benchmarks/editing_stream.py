@@ -5,7 +5,8 @@
 Makes a synthetic bfloat16 checkpoint and a trained copy of it in shards of half a gigabyte (a transformer's shapes:
 embeddings and square and wide matrices), then, in interleaved rounds, copies the trained one file by file and edits
 with each method, every run in a process of its own. Files are synchronised to the disk, and dropped from the page cache
-where that is allowed, so that both sides read and write the same disk.
+where that is allowed, so that both sides read and write the same disk. The time for loading Python's libraries is left
+out, and reported. Beside the wall clock stands the CPU time of each run, which other work on the machine disturbs less.
 
 The bound of an edit is set by what it must move: it reads two checkpoints and writes one where a copy reads one and
 writes one, so that at equal speeds of reading and writing it runs at 2/3 of the copy's speed. Peak memory counts what a
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,50 @@ METHODS = {
     "ties": ["--method", "ties"],
     "bitdelta": ["--method", "bitdelta"],
 }
-COPY_CODE = "import shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2])"
+COPY = """
+import shutil, sys, time
+begin = time.perf_counter()
+for name in sys.argv[3:]:
+    shutil.copyfile(f"{sys.argv[1]}/{name}", f"{sys.argv[2]}/{name}")
+print(time.perf_counter() - begin)
+"""
+EDIT = """
+import contextlib, io, sys, time
+import torch, tqdm, tokenizers
+import cmc_server.editing.edit_command
+from cmc_server.cli import main
+begin = time.perf_counter()
+with contextlib.redirect_stdout(io.StringIO()):
+    assert not sys.argv[1:] or main(["edit", *sys.argv[1:]]) == 0
+print(time.perf_counter() - begin)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Wall-clock and CPU seconds, the latter with start-up, and peak resident bytes of one process."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
 
 
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        sizes = _make(folder, int(arguments.gigabytes * 2**30))
+        if arguments.make is not None:
+            _make(arguments.make, int(arguments.gigabytes * 2**30))
+            return
+        # In a process of its own: a child's peak memory begins with that of the process that started it.
+        subprocess.run([sys.executable, __file__, "--make", name, "--gigabytes", str(arguments.gigabytes)], check=True)
+        sizes = [path.stat().st_size for path in sorted((folder / "post").glob("*.safetensors"))]
         print(f"{sum(sizes) / 2**30:.2f} GiB in {len(sizes)} shards; bound by bytes moved: 0.67 of a copy", flush=True)
-        idle = _peak(["-c", "import torch, tqdm, cmc_server.editing.edit_command"])[1]
+        begin = time.perf_counter()
+        idle = _run(EDIT)
+        startup = time.perf_counter() - begin
         rounds = [_round(folder, sizes, arguments.methods) for _ in range(arguments.rounds)]
-    copy = statistics.median(one["copy"][0] for one in rounds)
+    copy = statistics.median(one["copy"].seconds for one in rounds)
     report = {
         "benchmark": "editing_stream",
         "machine": {**describe_machine("torch", "safetensors"), "threads": torch.get_num_threads()},
@@ -60,7 +94,8 @@ def main() -> None:
         "page_cache_dropped": _drop_cache([]),
         "speed_bound": 2 / 3,
         "copy": {"seconds": round(copy, 2), "bytes_per_second": round(sum(sizes) / copy)},
-        "idle_process_bytes": idle,
+        "startup_seconds": round(startup, 2),
+        "idle_process_bytes": idle.peak_bytes,
         "methods": {method: _summary(method, rounds, sizes, idle) for method in arguments.methods},
     }
     keep(report, arguments.output)
@@ -72,12 +107,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made; on the disk to be measured")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="also write the report here")
     return parser.parse_args()
 
 
-def _make(folder: Path, size: int) -> list[int]:
-    """The checkpoints ``base`` and ``post``; returns the sizes of the shards of one."""
+def _make(folder: Path, size: int) -> None:
+    """The checkpoints ``base`` and ``post``."""
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     layer = 0
     while 2 * sum(rows * columns for rows, columns in shapes.values()) < size:
@@ -108,49 +144,49 @@ def _make(folder: Path, size: int) -> list[int]:
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     for which in ("base", "post"):
         (folder / which / "model.safetensors.index.json").write_text(index, "utf-8")
-    return [path.stat().st_size for path in sorted((folder / "post").glob("*.safetensors"))]
 
 
-def _round(folder: Path, sizes: list[int], methods: list[str]) -> dict[str, tuple[float, int]]:
-    """Seconds and peak bytes of the copy and of every method."""
+def _round(folder: Path, sizes: list[int], methods: list[str]) -> dict[str, Run]:
+    """The copy and every method once."""
     base, post, output = (folder / name for name in ("base", "post", "output"))
     results = {}
     _drop_cache([base, post])
     output.mkdir()
-    begin = time.perf_counter()
-    for shard in sorted(post.glob("*.safetensors")):
-        _peak(["-S", "-c", COPY_CODE, str(shard), str(output / shard.name)])
-    _synchronise(output)
-    results["copy"] = (time.perf_counter() - begin, 0)
+    run = _run(COPY, post, output, *sorted(path.name for path in post.glob("*.safetensors")))
+    results["copy"] = replace(run, seconds=run.seconds + _synchronise(output))
     shutil.rmtree(output)
     for method in methods:
         _drop_cache([base, post])
-        words = ["-m", "cmc_server", "edit", str(base), str(post), "-o", str(output), *METHODS[method]]
-        seconds, peak = _peak(words)
-        begin = time.perf_counter()
-        _synchronise(output)
-        results[method] = (seconds + time.perf_counter() - begin, peak)
+        run = _run(EDIT, base, post, "-o", output, *METHODS[method])
+        results[method] = replace(run, seconds=run.seconds + _synchronise(output))
         written = [path.stat().st_size for path in sorted(output.glob("*.safetensors"))]
         assert written == sizes, "the edit wrote another layout"
         shutil.rmtree(output)
-        print(f"{method}: {results[method][0]:.1f} s beside {results['copy'][0]:.1f} s of copying", flush=True)
+        print(
+            f"{method}: {results[method].seconds:.1f} s beside {results['copy'].seconds:.1f} s of copying", flush=True
+        )
     return results
 
 
-def _peak(words: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a Python process."""
-    begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+def _run(code: str, *words: object) -> Run:
+    """Run a Python program that prints how many seconds it took."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, f"{words} failed"
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024  # Linux counts in KiB
+    return Run(float(said), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)  # Linux counts in KiB
 
 
-def _synchronise(folder: Path) -> None:
+def _synchronise(folder: Path) -> float:
+    """Wait until everything is on the disk; seconds that it took."""
+    begin = time.perf_counter()
     for path in folder.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
+    return time.perf_counter() - begin
 
 
 def _drop_cache(folders: list[Path]) -> bool:
@@ -165,14 +201,15 @@ def _drop_cache(folders: list[Path]) -> bool:
     return True
 
 
-def _summary(method: str, rounds: list[dict[str, tuple[float, int]]], sizes: list[int], idle: int) -> dict[str, Any]:
-    seconds = statistics.median(one[method][0] for one in rounds)
-    peak = max(one[method][1] for one in rounds)
+def _summary(method: str, rounds: list[dict[str, Run]], sizes: list[int], idle: Run) -> dict[str, Any]:
+    runs = [one[method] for one in rounds]
+    peak = max(run.peak_bytes for run in runs)
     return {
-        "seconds": round(seconds, 2),
-        "speed_of_copy": round(statistics.median(one["copy"][0] / one[method][0] for one in rounds), 3),
+        "seconds": round(statistics.median(run.seconds for run in runs), 2),
+        "cpu_seconds": round(statistics.median(run.cpu_seconds for run in runs) - idle.cpu_seconds, 2),
+        "speed_of_copy": round(statistics.median(one["copy"].seconds / one[method].seconds for one in rounds), 3),
         "peak_bytes": peak,
-        "peak_beyond_idle_per_largest_shard": round((peak - idle) / max(sizes), 3),
+        "peak_beyond_idle_per_largest_shard": round((peak - idle.peak_bytes) / max(sizes), 3),
     }
 
 

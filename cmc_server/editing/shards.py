@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import weakref
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MAX_WAITING = 8  # pieces that are made and not yet written
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Shard:
     """A safetensors file whose header has been read and checked by the library; no tensor has.
 
     Pieces are read into memory of their own rather than mapped, so that what is resident is what is being worked on,
-    and not the whole file once it has been walked through.
+    and not the whole file once it has been walked through. The file stays open, so that the system reads ahead.
 
     Args:
         path: the file.
@@ -77,9 +82,10 @@ class Shard:
         try:
             with safe_open(path, framework="pt"):
                 pass
-            with path.open("rb") as stream:
-                size = stream.read(8)
-                self.header = size + stream.read(struct.unpack("<Q", size)[0])
+            self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            weakref.finalize(self, os.close, self._file)
+            size = os.pread(self._file, 8, 0)
+            self.header = size + os.pread(self._file, struct.unpack("<Q", size)[0], 8)
         except (SafetensorError, OSError) as error:
             raise EditingError(f"{path} is not a valid safetensors file: {error}.") from None
         entries = json.loads(self.header[8:])
@@ -109,26 +115,28 @@ class Shard:
         stored = self.tensors[name]
         count = (stored.num_elements if stop is None else stop) - start
         raw = torch.empty(count * stored.dtype.itemsize, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as stream:
-            stream.seek(stored.offset + start * stored.dtype.itemsize)
-            view, filled = raw.numpy().data, 0
-            while filled < len(view):
-                got = stream.readinto(view[filled:])
-                if not got:
-                    raise EditingError(f"{self.path} ends within {name}; it was changed while it was read.")
-                filled += got
+        view, offset, filled = raw.numpy().data, stored.offset + start * stored.dtype.itemsize, 0
+        while filled < len(view):
+            got = os.preadv(self._file, [view[filled:]], offset + filled)
+            if not got:
+                raise EditingError(f"{self.path} ends within {name}; it was changed while it was read.")
+            filled += got
         return raw.view(stored.dtype)
 
 
 def write_shard(path: Path, header: bytes, pieces: Iterable[Tensor]) -> None:
-    """Write a safetensors file piece by piece.
+    """Write a safetensors file piece by piece, each one in another thread while the next one is made.
 
     Args:
         path: the file to create.
         header: length and JSON, as the format begins; that of another file gives the same layout.
         pieces: the data in the order of the header, flat, in the types that the header says.
     """
-    with path.open("wb") as stream:
-        stream.write(header)
+    with path.open("wb") as stream, ThreadPoolExecutor(1) as writer:
+        waiting = deque([writer.submit(stream.write, header)])
         for piece in pieces:
-            stream.write(piece.contiguous().view(torch.uint8).numpy().data)
+            waiting.append(writer.submit(stream.write, piece.contiguous().view(torch.uint8).numpy().data))
+            if len(waiting) > _MAX_WAITING:
+                waiting.popleft().result()
+        for one in waiting:
+            one.result()
