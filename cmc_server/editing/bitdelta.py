@@ -45,13 +45,13 @@ def row_means(delta: Tensor) -> Tensor:
 
 
 def rounded_scales(scales: Tensor) -> Tensor:
-    """Scales as float16 holds them, if all are 0 or in its normal range, else as they are; float32.
+    """Scales as float16 holds them, if that moves none by more than 1/1024 of the largest, else as they are; float32.
 
-    For those of rows, which are many and are stored beside one bit for each weight; float16 is off by 1/2048 at most.
+    For those of rows, which are many and are stored beside one bit for each weight.
     """
-    half = torch.finfo(torch.float16)
-    fits = (scales == 0) | ((scales >= half.tiny) & (scales <= half.max))
-    return scales.half().float() if bool(fits.all()) else scales
+    rounded = scales.half().float()
+    error, largest = (rounded - scales).abs().max(), scales.abs().max()
+    return rounded if bool(error <= largest / 1024) else scales
 
 
 def bitdelta(delta: Tensor, scales: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ def run_edit(options: EditOptions, as_json: bool = False) -> int:
     if options.output is not None:
         check_output(options.output, sources.checkpoints, force=options.force)
     scales = _scales(options, sources)
-    edit = Edit(sources, options.build(), options.seed, scales)
     report = _describe(options, sources)
     if options.analyse is not None:
-        report["analysis"] = _analyse(options, edit)
+        report["analysis"] = _analyse(options, options.analyse, Edit(sources, options.build(), options.seed, scales))
+    edit = Edit(sources, options.build(), options.seed, scales)
     if options.dry_run or options.output is None:
         with _progress(sources, "dry run") as advance:
             for name in sources.post.names:
@@ -79,12 +79,11 @@ def _scales(options: EditOptions, sources: Sources) -> dict[str, torch.Tensor] |
     )
 
 
-def _analyse(options: EditOptions, edit: Edit) -> dict[str, Any]:
+def _analyse(options: EditOptions, data: Path, edit: Edit) -> dict[str, Any]:
     from cmc_server.editing.analysis import analyse_edit
     from cmc_server.editing.texts import read_texts
 
-    texts = read_texts(options.analyse) if options.analyse is not None else []
-    return analyse_edit(edit, texts[: options.analyse_examples], options.mask_seeds)
+    return analyse_edit(edit, read_texts(data)[: options.analyse_examples], options.mask_seeds)
 
 
 def _write(

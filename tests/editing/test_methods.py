@@ -140,9 +140,10 @@ def test_random_magnitudes_have_the_mean_and_the_signs(kind: bitdelta.Magnitudes
 
 
 def test_scales_of_rows_are_float16_only_where_that_holds_them() -> None:
-    fine, tiny = torch.tensor([[0.1], [3.0]]), torch.tensor([[0.1], [1e-7]])
-    assert torch.equal(bitdelta.rounded_scales(fine), fine.half().float())
-    assert torch.equal(bitdelta.rounded_scales(tiny), tiny)
+    for fine in (torch.tensor([[0.1], [3.0]]), torch.tensor([[0.1], [1e-7]]), torch.tensor([[-0.1], [0.0]])):
+        assert torch.equal(bitdelta.rounded_scales(fine), fine.half().float())
+    for wide in (torch.tensor([[1e-6], [1.3e-7]]), torch.tensor([[1e5], [1.0]])):
+        assert torch.equal(bitdelta.rounded_scales(wide), wide)
 
 
 @settings(deadline=None)

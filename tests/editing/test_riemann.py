@@ -125,7 +125,15 @@ def test_the_table_is_for_people(base: Path, post: Path, data: Path, capsys: pyt
     words = ["edit", str(base), str(post), "--method", "dare", "--only", "lm_head*", "--mask-seeds", "2"]
     assert main([*words, "--analyse", str(data), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    for expected in ("lm_head.weight", "all together", "riemann", "second order", "edit intensity 9", "nothing was"):
+    for expected in (
+        "lm_head.weight",
+        "all together",
+        "riemann",
+        "second order",
+        "edit intensity 9",
+        "nothing was",
+        "1 tensors (20 copied)",
+    ):
         assert expected in text
 
 
