@@ -55,7 +55,7 @@ def load_packed(folder: Path, base: Path | None = None) -> dict[str, Tensor]:
             change = unpack_signs(signs, entry["shape"][-1]) * scales.float()
             weight = change if base_weights is None else base_weights[name].float() + change
             weights[name] = weight.view(entry["shape"]).to(_DTYPES[entry["dtype"]])
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DeltaError(f"{path} is not a valid file of packed weights: {error!r}.") from None
     return weights | stored
 
@@ -93,6 +93,8 @@ def _read_base(path: Path, base: Path | None, identity: dict[str, str]) -> dict[
         raise DeltaError(f"{path} is relative to a base; give the folder of that base.")
     weights: dict[str, Any] = {}
     for name, expected in identity.items():
+        if name != Path(name).name:
+            raise DeltaError(f"{path} names the base file {name!r}, which is outside the base's folder.")
         try:
             with (base / name).open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()

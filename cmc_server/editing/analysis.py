@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from cmc_server.editing.dare import edit_intensity, first_order_variance
+from cmc_server.editing.dare import first_order_variance
 from cmc_server.editing.methods import Dare
 from cmc_server.editing.models import load_model
 from cmc_server.editing.riemann import PARTS, TERMS, LossTerms, as_rows, loss_terms, ratio_intervals
@@ -124,7 +124,6 @@ def _masks(
         "standard_deviation": dict(zip(TERMS, values.std(0, ddof=1).tolist(), strict=True)),
     }
     if isinstance(edit.method, Dare):
-        report["edit_intensity"] = edit_intensity(edit.method.drop, edit.method.k)
         report["first_order_standard_deviation_expected"] = _expected_deviation(edit, edit.method, model, examples)
     return report
 
@@ -174,9 +173,7 @@ def analysis_table(analysis: Mapping[str, Any]) -> list[str]:
             f"{'mean over masks':<{width}}" + "".join(f"{masks['mean'][term]['mean']:>15.3e}" for term in TERMS),
             f"{'deviation':<{width}}" + "".join(f"{masks['standard_deviation'][term]:>15.3e}" for term in TERMS),
         ]
-        if "edit_intensity" in masks:
+        if "first_order_standard_deviation_expected" in masks:
             expected = masks["first_order_standard_deviation_expected"]
-            lines.append(
-                f"edit intensity {masks['edit_intensity']:.4g}, expected deviation of the first order {expected:.3e}"
-            )
+            lines.append(f"deviation of the first order that the gradient predicts: {expected:.3e}")
     return lines

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from cmc_server import __version__
 from cmc_server.editing.checkpoint import INDEX, Checkpoint
+from cmc_server.editing.dare import edit_intensity
 from cmc_server.editing.edit_options import ZERO, EditOptions
-from cmc_server.editing.methods import BitDelta
+from cmc_server.editing.methods import BitDelta, Dare
 from cmc_server.editing.packed import PACKED_FILE, write_packed
 from cmc_server.editing.stream import Edit, Sources, write_edited
 from cmc_server.editing.writing import check_output, copy_companions, part_folder, write_provenance
@@ -126,6 +127,8 @@ def _describe(options: EditOptions, sources: Sources) -> dict[str, Any]:
         "base": ZERO if sources.base is None else _identity(sources.base),
         "post": _identity(sources.post),
     }
+    if isinstance(method, Dare):
+        described["edit_intensity"] = edit_intensity(method.drop, method.k)
     if options.others:
         described["with"] = [_identity(other) for other in sources.posts[1:]]
     if method.draws or options.calibrate is not None:
@@ -164,6 +167,8 @@ def _text(report: Mapping[str, Any]) -> str:
         f"{result['delta_parameters']:,} delta parameters, norm {result['norm_before']:.6g} before "
         f"and {result['norm_after']:.6g} after",
     ]
+    if "edit_intensity" in report:
+        lines.append(f"edit intensity (k - 1)^2 p / (1 - p): {report['edit_intensity']:.4g}")
     if "packed" in report:
         packed = report["packed"]
         lines.append(f"packed into {packed['bytes']:,} bytes, {packed['share_of_float16']:.4f} of float16")

@@ -142,11 +142,17 @@ class BitDelta(Method):
 
 
 class Twin(Method):
-    """Options of :mod:`cmc_server.editing.twin`. A rank wins over a share of singular values to drop."""
+    """Options of :mod:`cmc_server.editing.twin`: a share of singular values to drop, or a rank to keep."""
 
     dims = (2, 2)
     drop: float = Field(default=0.9, ge=0, lt=1)
     rank: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Twin:
+        if {"drop", "rank"} <= self.model_fields_set:
+            raise ValueError("give either drop or rank")
+        return self
 
     @property
     def whole(self) -> bool:

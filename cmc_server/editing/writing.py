@@ -59,6 +59,8 @@ def part_folder(output: Path) -> Iterator[Path]:
     part, old = (output.with_name(f".{output.name}.{kind}") for kind in ("part", "old"))
     try:
         shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not output.exists():  # a run was killed between the two renamings below
+            old.rename(output)
         shutil.rmtree(old, ignore_errors=True)
         part.mkdir(parents=True)
         yield part

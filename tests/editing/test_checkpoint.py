@@ -246,6 +246,10 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path: Path, interruption: 
         raise interruption("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert (output / "config.json").read_text("utf-8") == "old"
+    output.rename(tmp_path / ".output.old")  # killed while it was being replaced
+    with pytest.raises(expected), part_folder(output):
+        raise interruption("stop")
+    assert (output / "config.json").read_text("utf-8") == "old"
     with part_folder(output) as part:
         (part / "config.json").write_text("new", "utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["output"]

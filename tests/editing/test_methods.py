@@ -195,6 +195,7 @@ def test_expo_scales() -> None:
         ("bitdelta", {"levels": 2, "magnitudes": "normal"}, "[Mm]agnitudes must be mean"),
         ("bitdelta", {"granularity": "block"}, "granularity"),
         ("twin", {"rank": 0}, "rank"),
+        ("twin", {"rank": 4, "drop": 0.5}, "either drop or rank"),
     ],
 )
 def test_options_that_are_refused(method: str, values: dict[str, object], message: str) -> None:

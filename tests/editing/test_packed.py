@@ -115,19 +115,21 @@ def test_a_row_whose_scale_is_too_small_for_float16_keeps_its_size(post: Path, t
     torch.testing.assert_close(packed.float().abs().mean(-1), expected, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("spoil", ["cut", "format", "tensor"])
+@pytest.mark.parametrize("spoil", ["cut", "format", "tensor", "outside"])
 def test_corrupt_files(post: Path, tmp_path: Path, spoil: str) -> None:
     path = pack("zero", post, tmp_path / "packed") / PACKED_FILE
     if spoil == "cut":
         path.write_bytes(path.read_bytes()[:-5])
     else:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() | ({"format": "other"} if spoil == "format" else {})
+            metadata = file.metadata()
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        weights.pop("lm_head.weight.scales")
-        save_file(weights, path, metadata=metadata)
-    with pytest.raises(DeltaError, match=r"packed.safetensors is not"):
-        load_packed(path.parent)
+        if spoil == "tensor":
+            weights.pop("lm_head.weight.scales")
+        changes = {"format": {"format": "other"}, "outside": {"base": json.dumps({"../post/x": "0"})}}
+        save_file(weights, path, metadata=metadata | changes.get(spoil, {}))
+    with pytest.raises(DeltaError, match=r"packed.safetensors (is not|names the base file)"):
+        load_packed(path.parent, post)
 
 
 @pytest.mark.parametrize("more", [["--levels", "2"], ["--magnitudes", "uniform"]])
