@@ -6,9 +6,7 @@ import json
 import os
 import struct
 import weakref
-from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +31,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MAX_WAITING = 8  # pieces that are made and not yet written
 
 
 @dataclass(frozen=True)
@@ -125,18 +122,16 @@ class Shard:
 
 
 def write_shard(path: Path, header: bytes, pieces: Iterable[Tensor]) -> None:
-    """Write a safetensors file piece by piece, each one in another thread while the next one is made.
+    """Write a safetensors file piece by piece.
+
+    The system writes to the disk behind our back; a thread for it was measured, and cost more than it hid.
 
     Args:
         path: the file to create.
         header: length and JSON, as the format begins; that of another file gives the same layout.
         pieces: the data in the order of the header, flat, in the types that the header says.
     """
-    with path.open("wb") as stream, ThreadPoolExecutor(1) as writer:
-        waiting = deque([writer.submit(stream.write, header)])
+    with path.open("wb") as stream:
+        stream.write(header)
         for piece in pieces:
-            waiting.append(writer.submit(stream.write, piece.contiguous().view(torch.uint8).numpy().data))
-            if len(waiting) > _MAX_WAITING:
-                waiting.popleft().result()
-        for one in waiting:
-            one.result()
+            stream.write(piece.contiguous().view(torch.uint8).numpy().data)

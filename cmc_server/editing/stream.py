@@ -18,7 +18,7 @@ from cmc_server.editing.shards import StoredTensor, write_shard
 from cmc_server.errors import EditingError
 
 #: Elements of a piece, if rows are no longer: what is worked on then stays in a processor's cache.
-PIECE = 1 << 16
+PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
