@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cmc_server import __version__
 from cmc_server.errors import UserError
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cmc_server.api.server import run_serve
 
             return run_serve(words[1:])
+        if words[:2] == ["merge", "measure"]:
+            words[:2] = ["merge measure"]
         return _run(_parser().parse_args(words))
     except UserError as error:
         print(f"cmc-server: {error}", file=sys.stderr)
@@ -45,6 +48,12 @@ def _run(args: argparse.Namespace) -> int:
         return _eval(args)
     if args.verb == "edit":
         return _edit(args)
+    if args.verb == "merge":
+        return _merge(args)
+    if args.verb == "merge measure":
+        from cmc_server.editing.measure_command import MeasureOptions, run_measure
+
+        return run_measure(MeasureOptions(**_given(args)), args.json)
     from cmc_server.delta.report import run_inspect
 
     return run_inspect(args.delta, args.user, args.json)
@@ -55,8 +64,7 @@ def _eval(args: argparse.Namespace) -> int:
     from cmc_server.evaluation.command import run_eval
     from cmc_server.evaluation.options import EvalOptions
 
-    # What was not given is left to the defaults of the settings.
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("verb", "json")}
+    given = _given(args)
     given["deltas"] = tuple(DeltaSource.parse(text) for text in args.deltas or ())
     for name in ("suites", "strengths", "other"):
         if name in given:
@@ -68,13 +76,29 @@ def _edit(args: argparse.Namespace) -> int:
     from cmc_server.editing.edit_command import run_edit
     from cmc_server.editing.edit_options import EditOptions
 
-    # What was not given is left to the defaults of the settings and of the method.
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("verb", "json")}
+    given = _given(args)
     values = {name: given.pop(name) for name in EditOptions.method_options() if name in given}
     for name in ("others", "only", "exclude"):
         if name in given:
             given[name] = tuple(given[name])
     return run_edit(EditOptions(values=values, **given), args.json)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from cmc_server.editing.merge_command import run_merge
+    from cmc_server.editing.merge_options import MergeOptions
+
+    given = _given(args)
+    values = {name: given.pop(name) for name in MergeOptions.method_options() if name in given}
+    for name in ("models", "curvature", "data", "alphas"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return run_merge(MergeOptions(values=values, **given), args.json)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given; the rest is left to the defaults of the settings."""
+    return {name: value for name, value in vars(args).items() if value is not None and name not in ("verb", "json")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(verbs.add_parser("eval", help="measure what a delta does to a user LLM, and write a report"))
 
     _add_edit(verbs.add_parser("edit", help="edit what training changed in a checkpoint, and measure or pack it"))
+
+    _add_merge(verbs.add_parser("merge", help="merge checkpoints trained from one base, or take training out again"))
+
+    _add_measure(verbs.add_parser("merge measure", help="measure the curvature that some merges need"))
 
     inspect = verbs.add_parser("inspect", help="say what a delta is, and how well it fits a user LLM")
     inspect.add_argument("delta", metavar="DELTA", help="folder or hub id of the delta")
@@ -188,4 +216,49 @@ def _add_edit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask-seeds", type=int, metavar="N", help="seeds for the spread over masks (8)")
     parser.add_argument("--dry-run", action="store_true", help="do everything but write")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that lies at the output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="folder of the model before training, or the word zero")
+    parser.add_argument("models", metavar="MODEL", type=Path, nargs="+", help="folders of models trained from it")
+    parser.add_argument("--method", required=True, help="task-arithmetic, ties, fisher, regmean or gradient-matching")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="A", help="of the models (1 each)")
+    parser.add_argument("--remove", action="store_true", help="take what the models learned out of BASE")
+    parser.add_argument(
+        "--curvature", nargs="+", type=Path, metavar="FILE", help="of the models: fisher, regmean, gradient-matching"
+    )
+    parser.add_argument("--base-curvature", type=Path, metavar="FILE", help="gradient-matching: of BASE")
+    parser.add_argument(
+        "--damping",
+        type=float,
+        metavar="D",
+        help="fisher: added to every curvature; gradient-matching: to BASE's (1e-12)",
+    )
+    parser.add_argument(
+        "--floor", type=float, metavar="R", help="gradient-matching: least H0 - alpha Ht when removing, of H0 (0.1)"
+    )
+    parser.add_argument("--off-diagonal", type=float, metavar="R", help="regmean: factor off the diagonal (0.9)")
+    parser.add_argument("--drop", type=float, metavar="P", help="ties: share to trim (0.8)")
+    parser.add_argument("--factor", type=float, metavar="C", help="ties: factor on the result (1)")
+    parser.add_argument("--against", type=Path, metavar="TARGET", help="compare with a jointly trained model")
+    parser.add_argument("--data", nargs="+", type=Path, help="the models' data, a file each: for --against, --alphas")
+    parser.add_argument(
+        "--alphas", nargs="+", type=float, metavar="A", help="factors on all weights to measure losses for"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--dry-run", action="store_true", help="do everything but write")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that lies at the output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
+    parser.add_argument("data", metavar="DATA", type=Path, help="JSON lines with prompt and response, or text")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--kind", help="fisher, or gram for regmean (fisher)")
+    parser.add_argument("--examples", type=int, metavar="N", help="use only the first N texts")
+    parser.add_argument("--dataset-size", type=int, metavar="N", help="texts that MODEL learned from (those in DATA)")
+    parser.add_argument("--seed", type=int, help="of the labels that the model draws (0)")
+    parser.add_argument("--force", action="store_true", help="replace a file that lies at the output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

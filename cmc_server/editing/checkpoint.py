@@ -84,6 +84,14 @@ class Checkpoint:
                     digest.update(stream.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
+    def file_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each weight file, by the file's name: for what must belong to these very weights."""
+        hashes = {}
+        for shard in self.shards:
+            with shard.path.open("rb") as stream:
+                hashes[shard.path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashes
+
 
 def check_agreement(first: Checkpoint, other: Checkpoint) -> None:
     """Refuse two checkpoints that are not the same architecture with the same vocabulary.

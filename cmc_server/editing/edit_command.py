@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cmc_server import __version__
-from cmc_server.editing.checkpoint import INDEX, Checkpoint
+from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.dare import edit_intensity
-from cmc_server.editing.edit_options import ZERO, EditOptions
+from cmc_server.editing.edit_options import EditOptions
 from cmc_server.editing.methods import BitDelta, Dare
 from cmc_server.editing.packed import PACKED_FILE, write_packed
-from cmc_server.editing.stream import Edit, Sources, write_edited
-from cmc_server.editing.writing import check_output, copy_companions, part_folder, write_provenance
+from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
+from cmc_server.editing.stream import Edit, Sources
+from cmc_server.editing.writing import check_output
 
 
 def run_edit(options: EditOptions, as_json: bool = False) -> int:
@@ -52,11 +49,8 @@ def run_edit(options: EditOptions, as_json: bool = False) -> int:
         report["analysis"] = _analyse(options, options.analyse, Edit(sources, options.build(), options.seed, scales))
     edit = Edit(sources, options.build(), options.seed, scales)
     if options.dry_run or options.output is None:
-        with _progress(sources, "dry run") as advance:
-            for name in sources.post.names:
-                for piece in edit.tensor(name):
-                    advance(piece.nbytes)
-        report["result"] = _result(edit)
+        run_dry(edit)
+        report["result"] = result_of(edit)
     else:
         _write(options, options.output, edit, scales, report)
     sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n" if as_json else _text(report))
@@ -95,26 +89,15 @@ def _write(
     report: dict[str, Any],
 ) -> None:
     post = edit.sources.post
-    with part_folder(output) as part, _progress(edit.sources, "edit") as advance:
-        copy_companions(post.folder, part)
+    with output_folder(post, output, report) as part, progress(edit.sources, "edit") as advance:
         if options.packed and scales is not None:
             write_packed(edit, scales, part, advance)
             size = (part / PACKED_FILE).stat().st_size
             elements = sum(post.stored(name).num_elements for name in post.names)
             report["packed"] = {"bytes": size, "share_of_float16": size / (2 * elements)}
         else:
-            write_edited(edit, part, advance)
-            if (post.folder / INDEX).exists():
-                copyfile(post.folder / INDEX, part / INDEX)
-        report["result"] = _result(edit)
-        write_provenance(part, report)
-    report["output"] = str(output)
-
-
-@contextmanager
-def _progress(sources: Sources, label: str) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=sources.post.num_bytes, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        yield bar.update
+            write_weights(edit, part, advance)
+        report["result"] = result_of(edit)
 
 
 def _describe(options: EditOptions, sources: Sources) -> dict[str, Any]:
@@ -124,13 +107,13 @@ def _describe(options: EditOptions, sources: Sources) -> dict[str, Any]:
         "cmc_server": __version__,
         "method": options.method,
         "options": method.model_dump(),
-        "base": ZERO if sources.base is None else _identity(sources.base),
-        "post": _identity(sources.post),
+        "base": identity(sources.base),
+        "post": identity(sources.post),
     }
     if isinstance(method, Dare):
         described["edit_intensity"] = edit_intensity(method.drop, method.k)
     if options.others:
-        described["with"] = [_identity(other) for other in sources.posts[1:]]
+        described["with"] = [identity(other) for other in sources.posts[1:]]
     if method.draws or options.calibrate is not None:
         described["seed"] = options.seed
     for name in ("only", "exclude"):
@@ -143,21 +126,6 @@ def _describe(options: EditOptions, sources: Sources) -> dict[str, Any]:
             "learning_rate": options.calibration_rate,
         }
     return described
-
-
-def _identity(checkpoint: Checkpoint) -> dict[str, str]:
-    return {"folder": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint()}
-
-
-def _result(edit: Edit) -> dict[str, Any]:
-    totals = edit.totals
-    return {
-        "edited_tensors": totals.tensors,
-        "copied_tensors": len(edit.sources.post.names) - totals.tensors,
-        "delta_parameters": totals.elements,
-        "norm_before": math.sqrt(totals.squares_before),
-        "norm_after": math.sqrt(totals.squares_after),
-    }
 
 
 def _text(report: Mapping[str, Any]) -> str:

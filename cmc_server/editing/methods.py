@@ -202,23 +202,25 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def build_method(name: str, given: Mapping[str, Any]) -> Method:
+def build_method(name: str, given: Mapping[str, Any], methods: Mapping[str, type[Method]] = METHODS) -> Method:
     """A method with its options.
 
     Args:
-        name: of :data:`METHODS`.
+        name: of ``methods``.
         given: options by name, without those left to their defaults.
+        methods: what there is to choose from.
 
     Raises:
         ConfigError: there is no such method, an option is not one of its own, or a value is out of range.
     """
-    if name not in METHODS:
-        raise ConfigError(f"There is no method {name!r}; choose among {', '.join(METHODS)}.")
-    own = METHODS[name].model_fields
+    if name not in methods:
+        raise ConfigError(f"There is no method {name!r}; choose among {', '.join(methods)}.")
+    own = methods[name].model_fields
     for option in given:
         if option not in own:
-            raise ConfigError(f"--{option} is no option of --method {name}, which has --{', --'.join(own)}.")
+            words = ", ".join(f"--{field}".replace("_", "-") for field in own)
+            raise ConfigError(f"--{option.replace('_', '-')} is no option of --method {name}, which has {words}.")
     try:
-        return build(METHODS[name], dict(given))
+        return build(methods[name], dict(given))
     except ConfigError as error:
         raise ConfigError(f"--method {name}: {error}") from None

@@ -9,7 +9,6 @@ and ``base``: ``{}`` where W = sign * scale; where W = base + sign * scale, the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -20,22 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.shards import DTYPES, write_shard
 from cmc_server.editing.stream import Edit, told
 
 PACKED_FILE = "packed.safetensors"
 PACKED_FORMAT = "cmc-packed-1"
 _STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def base_identity(base: Checkpoint | None) -> dict[str, str]:
-    """The SHA-256 of each weight file of a base, by the file's name; empty for the base zero."""
-    identity = {}
-    for shard in [] if base is None else base.shards:
-        with shard.path.open("rb") as stream:
-            identity[shard.path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return identity
 
 
 def pack_signs(delta: Tensor) -> Tensor:
@@ -66,7 +55,7 @@ def write_packed(edit: Edit, scales: Mapping[str, Tensor], folder: Path, advance
     metadata = {
         "format": PACKED_FORMAT,
         "tensors": json.dumps(packed),
-        "base": json.dumps(base_identity(edit.sources.base)),
+        "base": json.dumps({} if edit.sources.base is None else edit.sources.base.file_hashes()),
     }
     pieces = (piece for name in post.names for piece in told(_stored_pieces(edit, scales, name), advance))
     write_shard(folder / PACKED_FILE, _header(layout, metadata), pieces)

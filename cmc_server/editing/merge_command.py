@@ -1,0 +1,149 @@
+"""``cmc-server merge``: merge checkpoints that were trained from one base, or take the training of one out again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cmc_server import __version__
+from cmc_server.editing.checkpoint import Checkpoint
+from cmc_server.editing.curvature import CurvatureFile
+from cmc_server.editing.merge_methods import Curvatures, Guard, MergeMethod
+from cmc_server.editing.merge_options import MergeOptions
+from cmc_server.editing.methods import Method
+from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
+from cmc_server.editing.stream import Edit, Sources
+from cmc_server.editing.writing import check_output
+
+
+def run_merge(options: MergeOptions, as_json: bool = False) -> int:
+    """Merge checkpoints. Progress and warnings go to stderr, the report to stdout.
+
+    Args:
+        options: what to do.
+        as_json: print the report as one JSON object instead of as text.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        EditingError: a checkpoint or a curvature file cannot be used, or the output not be written.
+        ConfigError: data cannot be used.
+    """
+    sources = Sources(
+        base=None if options.zero_base else Checkpoint(Path(options.base)),
+        posts=tuple(Checkpoint(path) for path in options.models),
+    )
+    target = None if options.against is None else Checkpoint(options.against)
+    if options.output is not None:
+        read = [*sources.checkpoints, *([] if target is None else [target])]
+        check_output(options.output, read, force=options.force)
+    merge = Merge(options, sources)
+    report = _describe(options, merge)
+    edit = merge.edit()
+    if options.dry_run or options.output is None:
+        run_dry(edit)
+        report["result"] = _result(edit, merge.guard)
+    else:
+        # What is left of a base is that base; what is merged is presented as the first model is.
+        like = sources.base if options.remove and sources.base is not None else sources.post
+        with output_folder(like, options.output, report) as part, progress(sources, "merge") as advance:
+            write_weights(edit, part, advance)
+            report["result"] = _result(edit, merge.guard)
+    _warn(report)
+    sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n" if as_json else _text(report))
+    return 0
+
+
+class Merge:
+    """Checkpoints with their curvature, ready to be merged with any weights.
+
+    Args:
+        options: what to do.
+        sources: base and models.
+
+    Raises:
+        EditingError: a curvature file cannot be used.
+    """
+
+    def __init__(self, options: MergeOptions, sources: Sources) -> None:
+        self.options, self.sources = options, sources
+        self.guard = Guard()
+        self.files = tuple(CurvatureFile(path) for path in options.curvature)
+        self.base_file = None if options.base_curvature is None else CurvatureFile(options.base_curvature)
+        method = options.build()
+        kind = method.needs if isinstance(method, MergeMethod) else None
+        if kind is not None:
+            for file, model in zip(self.files, sources.posts, strict=True):
+                file.check(model, kind)
+            if self.base_file is not None and sources.base is not None:
+                self.base_file.check(sources.base, kind)
+
+    def edit(self, alpha: float = 1.0) -> Edit:
+        """The merge with all weights times ``alpha``; its guard counts anew."""
+        method = self.options.build(alpha)
+        self.guard = Guard()
+        return Edit(self.sources, method, 0, self._curvatures(method))
+
+    def _curvatures(self, method: Method) -> dict[str, Curvatures] | None:
+        if not self.files:
+            return None
+        post = self.sources.post
+        return {
+            name: Curvatures(name, post.stored(name).shape, self.files, self.base_file, self.guard)
+            for name in post.names
+            if self.sources.is_edited(name, method)
+        }
+
+
+def _describe(options: MergeOptions, merge: Merge) -> dict[str, Any]:
+    """What is done to what: with the result, the provenance of the output."""
+    described: dict[str, Any] = {
+        "cmc_server": __version__,
+        "method": options.method,
+        "removed": options.remove,
+        "options": options.build().model_dump(mode="json"),
+        "base": identity(merge.sources.base),
+        "models": [identity(model) for model in merge.sources.posts],
+    }
+    if merge.files:
+        described["curvature"] = [_measured(file) for file in merge.files]
+    if merge.base_file is not None:
+        described["base_curvature"] = _measured(merge.base_file)
+    return described
+
+
+def _measured(file: CurvatureFile) -> dict[str, Any]:
+    origin = file.origin
+    return {"made": origin.made, "num_examples": origin.num_examples, "dataset_size": origin.dataset_size}
+
+
+def _result(edit: Edit, guard: Guard) -> dict[str, Any]:
+    result = result_of(edit)
+    del result["norm_before"]  # of the first model alone
+    return result | {"clamped": guard.num_clamped}
+
+
+def _warn(report: Mapping[str, Any]) -> None:
+    clamped, total = report["result"]["clamped"], report["result"]["delta_parameters"]
+    if clamped:
+        sys.stderr.write(
+            f"cmc-server: warning: H0 is not far enough above alpha Ht for {clamped:,} of {total:,} weights "
+            f"({clamped / total:.1%}); their Ht was scaled down (--floor {report['options']['floor']}).\n"
+        )
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    result, count = report["result"], len(report["models"])
+    what = "removed" if report["removed"] else "merged"
+    lines = [
+        f"{report['method']}: {what} {count} model{'' if count == 1 else 's'}, {result['edited_tensors']} tensors "
+        f"({result['copied_tensors']} copied), {result['delta_parameters']:,} delta parameters, "
+        f"norm {result['norm_after']:.6g}",
+        "",
+        f"written to {report['output']}" if "output" in report else "dry run: nothing was written",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,76 @@
+"""What a run of ``cmc-server edit`` or ``cmc-server merge`` does besides its arithmetic: progress, output, record."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from tqdm import tqdm
+
+from cmc_server.editing.checkpoint import INDEX, Checkpoint
+from cmc_server.editing.edit_options import ZERO
+from cmc_server.editing.stream import Edit, Sources, write_edited
+from cmc_server.editing.writing import copy_companions, part_folder, write_provenance
+
+
+def identity(checkpoint: Checkpoint | None) -> Any:
+    """What a record says of a checkpoint: its folder's name and a fingerprint; ``zero`` of none."""
+    if checkpoint is None:
+        return ZERO
+    return {"folder": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint()}
+
+
+def result_of(edit: Edit) -> dict[str, Any]:
+    """Figures of an edit that has run."""
+    totals = edit.totals
+    return {
+        "edited_tensors": totals.tensors,
+        "copied_tensors": len(edit.sources.post.names) - totals.tensors,
+        "delta_parameters": totals.elements,
+        "norm_before": math.sqrt(totals.squares_before),
+        "norm_after": math.sqrt(totals.squares_after),
+    }
+
+
+@contextmanager
+def progress(sources: Sources, label: str) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr over the bytes of a checkpoint."""
+    with tqdm(total=sources.post.num_bytes, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def run_dry(edit: Edit) -> None:
+    """Compute everything and write nothing."""
+    with progress(edit.sources, "dry run") as advance:
+        for name in edit.sources.post.names:
+            for piece in edit.tensor(name):
+                advance(piece.nbytes)
+
+
+@contextmanager
+def output_folder(source: Checkpoint, output: Path, report: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write weights into that becomes the output, with everything else that belongs to a checkpoint.
+
+    Args:
+        source: whose companions are copied.
+        output: the folder to write.
+        report: recorded in the output once the weights are written.
+    """
+    with part_folder(output) as part:
+        copy_companions(source.folder, part)
+        yield part
+        write_provenance(part, report)
+    report["output"] = str(output)
+
+
+def write_weights(edit: Edit, folder: Path, advance: Callable[[int], object]) -> None:
+    """Weights, with their index if they have one, in the layout of the first post-trained model."""
+    write_edited(edit, folder, advance)
+    index = edit.sources.post.folder / INDEX
+    if index.exists():
+        copyfile(index, folder / INDEX)

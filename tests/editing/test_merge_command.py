@@ -1,0 +1,289 @@
+"""`cmc-server merge` from the command line: what it writes, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import Weights, rewrite, shard, weights_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cmc_server.cli import main
+from cmc_server.delta.manifest import DeltaManifest
+from cmc_server.editing import stream
+from cmc_server.editing.gradient_matching import gradient_matching, guarded
+
+METHODS = ["task-arithmetic", "ties", "fisher", "regmean", "gradient-matching"]
+
+
+class Family:
+    """A float32 base, two models trained from it, and curvature files of all three."""
+
+    def __init__(self, root: Path, made: Path, data: Path) -> None:
+        self.root = root
+        self.folders = {}
+        for number, name in enumerate(("base", "one", "two")):
+            folder = self.folders[name] = root / f"family-{name}"
+            shutil.copytree(made / "float", folder)
+            rewrite(folder, lambda weights, number=number: shifted(weights, number))
+            for kind in ("fisher", "gram"):
+                words = ["merge", "measure", str(folder), str(data), "-o", str(self.file(name, kind))]
+                assert main([*words, "--kind", kind, "--seed", str(number)]) == 0
+
+    def file(self, name: str, kind: str = "fisher") -> Path:
+        return self.root / f"{name}-{kind}.safetensors"
+
+    def words(self, method: str, *, base: str | None = None, models: tuple[str, ...] = ("one", "two")) -> list[str]:
+        """A merge by a method with what it needs."""
+        words = ["merge", base or str(self.folders["base"]), *(str(self.folders[name]) for name in models)]
+        words += ["--method", method]
+        kind = {"fisher": "fisher", "gradient-matching": "fisher", "regmean": "gram"}.get(method)
+        if kind is not None:
+            words += ["--curvature", *(str(self.file(name, kind)) for name in models)]
+        if method == "gradient-matching" and base is None:
+            words += ["--base-curvature", str(self.file("base"))]
+        return words
+
+    def hessian(self, name: str) -> Weights:
+        """What a merge reads: N times what is stored; the data have 3 records."""
+        return {key: 3 * tensor for key, tensor in load_file(self.file(name)).items()}
+
+
+def shifted(weights: Weights, number: int) -> Weights:
+    generator = torch.Generator().manual_seed(number)
+    noise = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    return {name: tensor + (0.02 * noise[name] if number else 0) for name, tensor in weights.items()}
+
+
+@pytest.fixture
+def family(made: Path, data: Path, tmp_path: Path) -> Family:
+    return Family(tmp_path, made, data)
+
+
+def differences(left: Path, right: Path) -> float:
+    first, second = weights_of(left), weights_of(right)
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_a_model_with_its_history(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    DeltaManifest(name="tiny").write(family.folders["one"])
+    output = tmp_path / "some" / "merged"
+    capsys.readouterr()
+    assert main([*family.words(method), "-o", str(output)]) == 0
+    shown = capsys.readouterr()
+    assert f"{method}: merged 2 models, 21 tensors (0 copied), 38,304 delta parameters" in shown.out
+    assert f"written to {output}" in shown.out and "merge: 100%" in shown.err
+    (record,) = DeltaManifest.read(output).training["edits"]
+    assert record["method"] == method and [model["folder"] for model in record["models"]] == [
+        "family-one",
+        "family-two",
+    ]
+    assert ("curvature" in record) == (method not in ("task-arithmetic", "ties"))
+    AutoModelForCausalLM.from_pretrained(output)
+    assert differences(output, family.folders["base"]) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_models_and_shards_does_not_matter(family: Family, tmp_path: Path, method: str) -> None:
+    assert main([*family.words(method), "-o", str(tmp_path / "merged")]) == 0
+    assert main([*family.words(method, models=("two", "one")), "-o", str(tmp_path / "turned")]) == 0
+    assert differences(tmp_path / "merged", tmp_path / "turned") < 1e-5
+
+
+@pytest.mark.parametrize("method", ["fisher", "gradient-matching"])
+def test_pieces_make_no_difference(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    assert main([*family.words(method), "-o", str(tmp_path / "merged")]) == 0
+    monkeypatch.setattr(stream, "PIECE", 100)
+    assert main([*family.words(method), "-o", str(tmp_path / "pieces")]) == 0
+    assert differences(tmp_path / "merged", tmp_path / "pieces") == 0
+
+
+def test_sharded_bases_are_read(family: Family, tmp_path: Path) -> None:
+    assert main([*family.words("task-arithmetic"), "-o", str(tmp_path / "merged")]) == 0
+    sharded = shard(family.folders["base"], tmp_path / "sharded")
+    assert main([*family.words("task-arithmetic", base=str(sharded)), "-o", str(tmp_path / "again")]) == 0
+    assert differences(tmp_path / "merged", tmp_path / "again") == 0
+
+
+def whole(family: Family, weights: list[float]) -> Weights:
+    """Gradient matching of the family on whole state dicts in float64."""
+    base, *models = (weights_of(family.folders[name]) for name in ("base", "one", "two"))
+    base_hessian, *hessians = (family.hessian(name) for name in ("base", "one", "two"))
+
+    def merged(name: str) -> Tensor:
+        deltas = [model[name].double() - base[name].double() for model in models]
+        stiffness = base_hessian[name].double() + 1e-12
+        guard, _ = guarded([hessian[name].double() for hessian in hessians], weights, stiffness, 0.1)
+        return base[name].double() + gradient_matching(deltas, guard, weights, stiffness)
+
+    return {name: merged(name) for name in base}
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_streaming_is_what_whole_models_give(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], remove: bool
+) -> None:
+    words = [*family.words("gradient-matching"), "--weights", "0.5", "2", *(["--remove"] if remove else [])]
+    assert main([*words, "-o", str(tmp_path / "merged"), "--json"]) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out.splitlines()[-1])
+    assert report["options"]["weights"] == ([-0.5, -2.0] if remove else [0.5, 2.0])
+    assert (report["result"]["clamped"] > 0) == remove
+    assert ("H0 is not far enough above alpha Ht for" in shown.err) == remove
+    expected = whole(family, report["options"]["weights"])
+    for name, tensor in weights_of(tmp_path / "merged").items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_removal_leaves_the_base_with_its_own_files(family: Family, tmp_path: Path) -> None:
+    (family.folders["base"] / "README.md").write_text("of the base", "utf-8")
+    DeltaManifest(name="tiny").write(family.folders["one"])
+    words = [*family.words("task-arithmetic", models=("one",)), "--remove", "-o", str(tmp_path / "without")]
+    assert main(words) == 0
+    assert (tmp_path / "without" / "README.md").is_file() and not (tmp_path / "without" / "cmc_delta.json").exists()
+    base, one = (weights_of(family.folders[name]) for name in ("base", "one"))
+    for name, tensor in weights_of(tmp_path / "without").items():
+        torch.testing.assert_close(tensor, 2 * base[name] - one[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_averages_do_not_depend_on_the_base(family: Family, tmp_path: Path, method: str) -> None:
+    assert main([*family.words(method), "-o", str(tmp_path / "merged")]) == 0
+    assert main([*family.words(method, base="zero"), "-o", str(tmp_path / "zero")]) == 0
+    assert differences(tmp_path / "merged", tmp_path / "zero") < 1e-4
+
+
+def test_gradient_matching_without_a_base_is_fisher_averaging(family: Family, tmp_path: Path) -> None:
+    assert main([*family.words("fisher", base="zero"), "-o", str(tmp_path / "fisher")]) == 0
+    words = [*family.words("gradient-matching", base="zero"), "--damping", "1e-12"]
+    assert main([*words, "-o", str(tmp_path / "matched")]) == 0
+    touched = {
+        name: (family.hessian("one")[name] + family.hessian("two")[name]) > 1e-6 for name in family.hessian("one")
+    }
+    one, other = weights_of(tmp_path / "fisher"), weights_of(tmp_path / "matched")
+    for name, mask in touched.items():
+        torch.testing.assert_close(one[name][mask], other[name][mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    words = [*family.words("gradient-matching"), "--json"]
+    capsys.readouterr()
+    assert main([*words, "--dry-run"]) == 0
+    dry = json.loads(capsys.readouterr().out)["result"]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main([*words, "-o", str(tmp_path / "merged")]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == dry
+    assert main([*words, "-o", str(tmp_path / "merged")]) == 2
+    assert "exists; give another one, or --force" in capsys.readouterr().err
+    assert main([*words, "-o", str(tmp_path / "merged"), "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "message"),
+    [
+        ("no", [], "choose among task-arithmetic, ties, fisher, regmean, gradient-matching"),
+        ("task-arithmetic", ["--weights", "1"], "--weights has 1 numbers for 2 models"),
+        ("task-arithmetic", ["--weights", "nan", "1"], "finite number"),
+        ("fisher", ["--weights", "1", "-1"], "greater than 0"),
+        ("fisher", ["--damping", "0"], "greater than 0"),
+        ("ties", ["--weights", "1", "1"], "--weights is no option of --method ties, which has --drop, --factor"),
+        ("ties", ["--off-diagonal", "1"], "--off-diagonal is no option of --method ties"),
+        ("regmean", ["--remove"], "--method regmean has no --remove"),
+        ("fisher", ["--curvature", "x"], "needs --curvature, a fisher file for each of the 2 models"),
+        ("fisher", ["--base-curvature", "x"], "--base-curvature is for --method gradient-matching"),
+        ("task-arithmetic", ["--curvature", "x"], "reads no --curvature"),
+        ("task-arithmetic", ["--remove", "--weights", "1", "-1"], "--remove makes all weights negative"),
+        ("gradient-matching", ["--floor", "1"], "less than 1"),
+        ("task-arithmetic", ["--alphas", "1"], "--alphas measures losses: give --data too"),
+        ("task-arithmetic", ["--alphas", "1", "--data", "x"], "--data has 1 files for 2 models"),
+        ("task-arithmetic", ["--data", "x", "y"], "--data is for --alphas and --against"),
+        ("fisher", ["--alphas", "1", "--data", "x", "y"], "on which --method fisher does not depend"),
+        ("task-arithmetic", ["--against", "missing"], "There is no folder missing"),
+    ],
+)
+def test_mistakes(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, more: list[str], message: str
+) -> None:
+    capsys.readouterr()
+    assert main([*family.words(method), *more, "-o", str(tmp_path / "merged")]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_a_base_of_zero_forbids(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*family.words("task-arithmetic", base="zero"), "-o", str(tmp_path / "merged")]
+    assert main(words) == 2
+    assert "adds whole weights up; give --weights" in capsys.readouterr().err
+    assert main([*words, "--remove", "--weights", "1", "1"]) == 2
+    assert "BASE, which must be a folder" in capsys.readouterr().err
+    assert main([*words, "--weights", "0.5", "0.5"]) == 0
+    matching = family.words("gradient-matching", base="zero")
+    capsys.readouterr()
+    assert main([*matching, "--dry-run"]) == 2
+    assert "needs --base-curvature, or --damping" in capsys.readouterr().err
+    assert main([*matching, "--dry-run", "--base-curvature", str(family.file("base"))]) == 2
+    assert "BASE that is a folder, not zero" in capsys.readouterr().err
+
+
+def test_curvature_that_does_not_fit(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(message: str, *files: Path) -> None:
+        words = ["merge", str(family.folders["base"]), str(family.folders["one"]), "--method", "fisher"]
+        capsys.readouterr()
+        assert main([*words, "--curvature", *map(str, files), "-o", str(tmp_path / "merged")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and not (tmp_path / "merged").exists()
+
+    refused("was not measured on the weights in", family.file("two"))
+    refused("holds gram curvature, where fisher is needed", family.file("one", "gram"))
+    refused("is no curvature file", family.folders["one"] / "model.safetensors")
+    refused("is not a valid safetensors file", tmp_path / "missing.safetensors")
+
+    def changed(name: str, tensors: Weights) -> Path:
+        with safe_open(family.file("one"), framework="pt") as opened:
+            save_file(tensors, tmp_path / name, opened.metadata())
+        return tmp_path / name
+
+    own = load_file(family.file("one"))
+    norm = "model.norm.weight"
+    refused("no curvature that fits", changed("lacking", {k: v for k, v in own.items() if k != norm}))
+    refused("no curvature that fits", changed("shaped", own | {norm: own[norm][:3].clone()}))
+    refused(f"numbers for {norm} that no curvature has", changed("below", own | {norm: own[norm] - 1e9}))
+    refused(f"numbers for {norm} that no curvature has", changed("nan", own | {norm: own[norm] * torch.nan}))
+
+
+def test_models_that_differ(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    norm = "model.norm.weight"
+    rewrite(family.folders["two"], lambda weights: {k: v for k, v in weights.items() if k != norm})
+    assert main([*family.words("task-arithmetic"), "-o", str(tmp_path / "merged")]) == 2
+    assert f"lacks tensors of {family.folders['base']}: {norm}" in capsys.readouterr().err
+    rewrite(family.folders["one"], lambda weights: weights | {norm: weights[norm] * torch.nan})
+    assert main([*family.words("task-arithmetic", models=("one",)), "-o", str(tmp_path / "merged")]) == 2
+    assert f"{norm} of {family.folders['one']} holds NaN" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_singular_regression_is_named(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        path = family.file(name, "gram")
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata()
+        lopsided = {key: torch.full_like(gram, -1.0).fill_diagonal_(1.0) for key, gram in load_file(path).items()}
+        save_file(lopsided, path, metadata)
+    words = [*family.words("regmean"), "--off-diagonal", "1", "-o", str(tmp_path / "merged")]
+    assert main(words) == 2
+    assert "are singular; give --off-diagonal below 1" in capsys.readouterr().err
