@@ -11,9 +11,9 @@ from typing import Any
 from cmc_server import __version__
 from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.curvature import CurvatureFile
-from cmc_server.editing.merge_methods import Curvatures, Guard, MergeMethod
+from cmc_server.editing.merge_inputs import Merge
+from cmc_server.editing.merge_methods import Guard
 from cmc_server.editing.merge_options import MergeOptions
-from cmc_server.editing.methods import Method
 from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
 from cmc_server.editing.stream import Edit, Sources
 from cmc_server.editing.writing import check_output
@@ -43,6 +43,10 @@ def run_merge(options: MergeOptions, as_json: bool = False) -> int:
         check_output(options.output, read, force=options.force)
     merge = Merge(options, sources)
     report = _describe(options, merge)
+    if target is not None or options.alphas:
+        from cmc_server.editing.merge_evaluation import evaluate_merge
+
+        report["metrics"] = evaluate_merge(merge, target)
     edit = merge.edit()
     if options.dry_run or options.output is None:
         run_dry(edit)
@@ -56,47 +60,6 @@ def run_merge(options: MergeOptions, as_json: bool = False) -> int:
     _warn(report)
     sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n" if as_json else _text(report))
     return 0
-
-
-class Merge:
-    """Checkpoints with their curvature, ready to be merged with any weights.
-
-    Args:
-        options: what to do.
-        sources: base and models.
-
-    Raises:
-        EditingError: a curvature file cannot be used.
-    """
-
-    def __init__(self, options: MergeOptions, sources: Sources) -> None:
-        self.options, self.sources = options, sources
-        self.guard = Guard()
-        self.files = tuple(CurvatureFile(path) for path in options.curvature)
-        self.base_file = None if options.base_curvature is None else CurvatureFile(options.base_curvature)
-        method = options.build()
-        kind = method.needs if isinstance(method, MergeMethod) else None
-        if kind is not None:
-            for file, model in zip(self.files, sources.posts, strict=True):
-                file.check(model, kind)
-            if self.base_file is not None and sources.base is not None:
-                self.base_file.check(sources.base, kind)
-
-    def edit(self, alpha: float = 1.0) -> Edit:
-        """The merge with all weights times ``alpha``; its guard counts anew."""
-        method = self.options.build(alpha)
-        self.guard = Guard()
-        return Edit(self.sources, method, 0, self._curvatures(method))
-
-    def _curvatures(self, method: Method) -> dict[str, Curvatures] | None:
-        if not self.files:
-            return None
-        post = self.sources.post
-        return {
-            name: Curvatures(name, post.stored(name).shape, self.files, self.base_file, self.guard)
-            for name in post.names
-            if self.sources.is_edited(name, method)
-        }
 
 
 def _describe(options: MergeOptions, merge: Merge) -> dict[str, Any]:
@@ -139,10 +102,16 @@ def _warn(report: Mapping[str, Any]) -> None:
 def _text(report: Mapping[str, Any]) -> str:
     result, count = report["result"], len(report["models"])
     what = "removed" if report["removed"] else "merged"
+    metrics: list[str] = []
+    if "metrics" in report:
+        from cmc_server.editing.merge_evaluation import metrics_table
+
+        metrics = ["", *metrics_table(report["metrics"], [model["folder"] for model in report["models"]])]
     lines = [
         f"{report['method']}: {what} {count} model{'' if count == 1 else 's'}, {result['edited_tensors']} tensors "
         f"({result['copied_tensors']} copied), {result['delta_parameters']:,} delta parameters, "
         f"norm {result['norm_after']:.6g}",
+        *metrics,
         "",
         f"written to {report['output']}" if "output" in report else "dry run: nothing was written",
     ]

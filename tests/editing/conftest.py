@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoints import rewrite, trained
+from tiny_family import Family
 from tiny_models import make_delta, make_tokenizer
 
 
@@ -45,3 +46,8 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     return path
+
+
+@pytest.fixture
+def family(made: Path, data: Path, tmp_path: Path) -> Family:
+    return Family(tmp_path, made, data)
