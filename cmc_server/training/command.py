@@ -80,6 +80,7 @@ def train_delta(
     from cmc_server.delta.prompt import PromptEncoder
     from cmc_server.training.batches import Collator
     from cmc_server.training.checkpoints import last_checkpoint, open_folder, working_folder
+    from cmc_server.training.curvature import measure_curvature, write_curvature
     from cmc_server.training.curves import LOSS_CURVE, draw_losses
     from cmc_server.training.data import local_or_hub, read_records
     from cmc_server.training.examples import ExampleEncoder, training_set
@@ -140,8 +141,10 @@ def train_delta(
         for term, (steered, alone) in measured.items():
             if term == "loss" or len(measured) > 2:  # a single term is the loss
                 metrics[f"{role}_{term}"], metrics[f"{role}_{term}_without_delta"] = steered, alone
+    curvature = measure_curvature(recipe, trainer.optimizer, student, collator, sets["train"])
     manifest = build_manifest(recipe, records, sets, llms, trainer.state.global_step, metrics)
     save_delta(delta.cpu(), tokenizer, manifest, folder, dtype)
+    write_curvature(folder, curvature, recipe, len(sets["train"]))
     draw_losses(trainer.state.log_history, folder / LOSS_CURVE)
     shutil.rmtree(work)
     return True

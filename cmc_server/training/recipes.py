@@ -183,6 +183,8 @@ class Output(FrozenModel):
         advised_range: likewise.
         prompt_template: likewise; the delta is trained with it as well.
         bos: likewise.
+        curvature: what ``cmc-server merge`` may need, in a folder inside the delta's: from the ``optimiser``'s second
+            moments, at no cost, or from labels ``sampled`` after training, at the cost of an epoch with batches of one.
     """
 
     folder: str
@@ -191,6 +193,7 @@ class Output(FrozenModel):
     advised_range: tuple[float, float] | None = None
     prompt_template: PromptTemplate | None = None
     bos: bool | None = None
+    curvature: Literal["none", "optimiser", "sampled"] = "none"
 
 
 class Recipe(FrozenModel):
