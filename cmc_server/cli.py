@@ -242,7 +242,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drop", type=float, metavar="P", help="ties: share to trim (0.8)")
     parser.add_argument("--factor", type=float, metavar="C", help="ties: factor on the result (1)")
     parser.add_argument("--against", type=Path, metavar="TARGET", help="compare with a jointly trained model")
-    parser.add_argument("--data", nargs="+", type=Path, help="the models' data, a file each: for --against, --alphas")
+    parser.add_argument("--data", nargs="+", type=Path, help="the models' data, a file each, to measure losses on")
     parser.add_argument(
         "--alphas", nargs="+", type=float, metavar="A", help="factors on all weights to measure losses for"
     )

@@ -43,7 +43,7 @@ def run_merge(options: MergeOptions, as_json: bool = False) -> int:
         check_output(options.output, read, force=options.force)
     merge = Merge(options, sources)
     report = _describe(options, merge)
-    if target is not None or options.alphas:
+    if target is not None or options.data:
         from cmc_server.editing.merge_evaluation import evaluate_merge
 
         report["metrics"] = evaluate_merge(merge, target)

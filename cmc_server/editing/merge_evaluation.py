@@ -33,7 +33,7 @@ def evaluate_merge(merge: Merge, target: Checkpoint | None) -> dict[str, Any]:
 
     Returns:
         JSON values: ``relative_distance``, and with data ``gradient_mismatch`` for each model, where there is a target;
-        ``robustness`` where there are alphas. Losses are in nats per token.
+        with data ``losses``, those of the merged model in nats per token, and ``robustness`` where there are alphas.
 
     Raises:
         EditingError: the target does not fit the models, or equals the base.
@@ -52,7 +52,7 @@ def evaluate_merge(merge: Merge, target: Checkpoint | None) -> dict[str, Any]:
             gradient_mismatch(_gradients(target, task), _gradients(model, task))
             for model, task in zip(merge.sources.posts, tqdm(tasks, "mismatch", file=sys.stderr), strict=True)
         ]
-    if options.alphas:
+    if tasks:
         model = load_model(post, torch.float32)
 
         def losses(alpha: float) -> list[float]:
@@ -60,7 +60,9 @@ def evaluate_merge(merge: Merge, target: Checkpoint | None) -> dict[str, Any]:
             with torch.no_grad():
                 return [float(mean_loss(model, task)) for task in tasks]
 
-        figures["robustness"] = robustness_curve(losses, tqdm(options.alphas, "alphas", file=sys.stderr))
+        figures["losses"] = losses(1.0)
+        if options.alphas:
+            figures["robustness"] = robustness_curve(losses, tqdm(options.alphas, "alphas", file=sys.stderr))
     return figures
 
 
@@ -124,6 +126,9 @@ def metrics_table(metrics: Mapping[str, Any], names: Sequence[str]) -> list[str]
     if "gradient_mismatch" in metrics:
         pairs = zip(names, metrics["gradient_mismatch"], strict=True)
         lines += [f"gradient mismatch on the data of {name}: {mismatch:.4g}" for name, mismatch in pairs]
+    if "losses" in metrics:
+        pairs = zip(names, metrics["losses"], strict=True)
+        lines += [f"loss on the data of {name}: {loss:.4f} nats per token" for name, loss in pairs]
     if "robustness" in metrics:
         curve = metrics["robustness"]
         width = max(10, *(len(name) + 2 for name in names))

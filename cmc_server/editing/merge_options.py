@@ -70,7 +70,6 @@ class MergeOptions:
             and len(self.curvature) != num_models,
             "--alphas measures losses: give --data too, a file for each model.": bool(self.alphas) and not self.data,
             f"--data has {len(self.data)} files for {num_models} models.": len(self.data) not in (0, num_models),
-            "--data is for --alphas and --against.": bool(self.data) and not self.alphas and self.against is None,
             "--alphas must be finite numbers.": not all(math.isfinite(alpha) for alpha in self.alphas),
             f"--alphas multiplies the weights, on which --method {self.method} does not depend.": bool(self.alphas)
             and not removes

@@ -166,7 +166,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(
         ("gradient-matching", ["--floor", "1"], "less than 1"),
         ("task-arithmetic", ["--alphas", "1"], "--alphas measures losses: give --data too"),
         ("task-arithmetic", ["--alphas", "1", "--data", "x"], "--data has 1 files for 2 models"),
-        ("task-arithmetic", ["--data", "x", "y"], "--data is for --alphas and --against"),
+        ("task-arithmetic", ["--data", "x", "y"], "The data file x cannot be read"),
         ("fisher", ["--alphas", "1", "--data", "x", "y"], "on which --method fisher does not depend"),
         ("task-arithmetic", ["--against", "missing"], "There is no folder missing"),
     ],

@@ -60,6 +60,7 @@ def test_the_command_measures(family: Family, tmp_path: Path, capsys: pytest.Cap
     assert metrics["relative_distance"] == pytest.approx(0, abs=1e-5) and metrics["gradient_mismatch"] == [0]
     at_base, at_one = (point["losses"][0] for point in metrics["robustness"]["points"])
     assert at_base == pytest.approx(loss_of(family.folders["base"], texts), rel=1e-4)
+    assert metrics["losses"] == [at_one]
     assert at_one == pytest.approx(loss_of(family.folders["one"], texts), rel=1e-4)
     assert main(words) == 0
     shown = capsys.readouterr().out
