@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cmc_server.api.server import run_serve
 
             return run_serve(words[1:])
-        if words[:2] == ["merge", "measure"]:
+        if words[:2] == ["merge", "measure"]:  # one verb in two words; a BASE of that name is ./measure
             words[:2] = ["merge measure"]
         return _run(_parser().parse_args(words))
     except UserError as error:

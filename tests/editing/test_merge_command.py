@@ -102,6 +102,29 @@ def test_streaming_is_what_whole_models_give(
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["task-arithmetic", "fisher", "regmean"])
+def test_other_methods_give_their_formulas(family: Family, tmp_path: Path, method: str) -> None:
+    assert main([*family.words(method), "--weights", "1", "3", "-o", str(tmp_path / "merged")]) == 0
+    base, one, two = (weights_of(family.folders[name]) for name in ("base", "one", "two"))
+    fishers = [family.hessian(name) for name in ("one", "two")]
+    grams = [load_file(family.file(name, "gram")) for name in ("one", "two")]
+
+    def expected(name: str) -> Tensor:
+        if method == "task-arithmetic":
+            return one[name] + 3 * two[name] - 3 * base[name]
+        if method == "fisher":
+            first, second = (fisher[name].double() + 1e-12 for fisher in fishers)
+            return ((first * one[name] + 3 * second * two[name]) / (first + 3 * second)).float()
+        if name not in grams[0]:  # embeddings and norms
+            return (one[name] + 3 * two[name]) / 4
+        shrunk = [3 * (0.9 * gram[name] + 0.1 * gram[name].diagonal().diag()).double() for gram in grams]
+        right = shrunk[0] @ one[name].T.double() + 3 * shrunk[1] @ two[name].T.double()
+        return torch.linalg.solve(shrunk[0] + 3 * shrunk[1], right).T.float()
+
+    for name, tensor in weights_of(tmp_path / "merged").items():
+        torch.testing.assert_close(tensor, expected(name), rtol=1e-3, atol=1e-4)
+
+
 def test_removal_leaves_the_base_with_its_own_files(family: Family, tmp_path: Path) -> None:
     (family.folders["base"] / "README.md").write_text("of the base", "utf-8")
     DeltaManifest(name="tiny").write(family.folders["one"])
