@@ -46,8 +46,8 @@ GRAD_DIFF = {"name": "grad_diff", "retain_weight": 3.0, "forget_bound": 8.0}
 DELTAS: dict[str, dict[str, Any]] = {"delta": {}, "narrow": {"retain": NARROW, "objective": GRAD_DIFF}}
 #: Each baseline's learning rate and epochs; the data are those of the delta, the objective is gradient difference.
 BASELINES: dict[str, dict[str, Any]] = {
-    "lora": {"epochs": 10, "batch_size": 4, "learning_rate": 5.0e-4, "mixed_precision": "bf16"},
-    "full": {"epochs": 5, "batch_size": 4, "learning_rate": 2.0e-5, "mixed_precision": "bf16"},
+    "lora": {"epochs": 5, "batch_size": 4, "learning_rate": 1.0e-3, "mixed_precision": "bf16"},
+    "full": {"epochs": 5, "batch_size": 4, "learning_rate": 1.0e-4, "mixed_precision": "bf16"},
 }
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 

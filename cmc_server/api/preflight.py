@@ -77,7 +77,8 @@ def check_deltas(settings: EngineSettings, model: UserModel) -> Checked:
 def _check_memory(settings: EngineSettings, artifacts: Sequence[DeltaArtifact], model: UserModel) -> None:
     """Refuse now what the workers would refuse later; without a number of rows, at least one must fit."""
     value_bytes = VALUE_BYTES[settings.delta_dtype] or (4 if model.on_cpu else 2)
-    plan_seqs(settings, artifacts, model.max_num_seqs or settings.max_delta_seqs or 1, value_bytes)
+    max_num_seqs = model.max_num_seqs or settings.max_delta_seqs or 1
+    plan_seqs(settings, artifacts, max_num_seqs, value_bytes, model.on_cpu)
 
 
 def _check(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary, overrides: Overrides | None) -> str:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
 from cmc_server.delta.blocks import BlockPool, CachedSequence
 from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
+from cmc_server.delta.head import pack_head
 from cmc_server.delta.store import DeltaArtifact
 from cmc_server.errors import DeltaError
 
@@ -73,6 +74,9 @@ class DeltaRunner:
         self.max_seqs = max_seqs
         self._model = load_model(artifact, dtype, IMPLEMENTATION).to(device)
         self.vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
+        #: Parameters of the model; tied ones count once.
+        self.num_parameters = sum(int(parameter.numel()) for parameter in self._model.parameters())
+        self._packed_bytes = pack_head(self._model)
         self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.blocks = BlockPool(num_blocks(self.context_length, max_seqs), BLOCK_SIZE)
         layers, heads, head_size = cache_shape(self._model.config)
@@ -83,15 +87,10 @@ class DeltaRunner:
         self._check_attention()
 
     @property
-    def num_parameters(self) -> int:
-        """Parameters of the model; tied ones count once."""
-        return sum(int(parameter.numel()) for parameter in self._model.parameters())
-
-    @property
     def memory_bytes(self) -> int:
         """Bytes reserved for weights and key-value cache."""
         weights = sum(int(parameter.nbytes) for parameter in self._model.parameters())
-        return weights + 2 * self._pool.keys.numel() * self._pool.keys.element_size()
+        return weights + self._packed_bytes + 2 * self._pool.keys.numel() * self._pool.keys.element_size()
 
     def new_sequence(self) -> CachedSequence:
         """An empty sequence; it holds blocks only once it is fed."""

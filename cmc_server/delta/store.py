@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class DeltaArtifact:
         vocab_size: columns of the delta's logits.
         max_positions: longest input of the architecture, or None if the config does not say.
         weight_bytes: size of the safetensors files.
+        num_weights: values in them.
         strength: strength of a request that gives none.
     """
 
@@ -45,6 +47,7 @@ class DeltaArtifact:
     vocab_size: int
     max_positions: int | None
     weight_bytes: int
+    num_weights: int
     strength: float
 
     @property
@@ -98,6 +101,7 @@ def open_delta(source: DeltaSource, roots: Sequence[Path] = ()) -> DeltaArtifact
         vocab_size=vocab_size,
         max_positions=max_positions if isinstance(max_positions, int) else None,
         weight_bytes=sum(path.stat().st_size for path in weights),
+        num_weights=sum(weights.values()),
         strength=manifest.default_strength if source.strength is None else source.strength,
     )
 
@@ -164,14 +168,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_weights(folder: Path) -> list[Path]:
+def _check_weights(folder: Path) -> dict[Path, int]:
+    """Each weight file, and how many values it holds."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DeltaError(f"The delta folder {folder} has no .safetensors file; convert its weights to safetensors.")
+    counts = {}
     for path in files:
         try:
             with safe_open(path, framework="numpy") as tensors:
-                tensors.keys()
+                names = tensors.keys()
+                counts[path] = sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise DeltaError(f"{path} is not a valid safetensors file: {error}.") from None
     index = folder / "model.safetensors.index.json"
@@ -180,7 +187,7 @@ def _check_weights(folder: Path) -> list[Path]:
         missing = sorted(named - {path.name for path in files})
         if missing:
             raise DeltaError(f"{index} names {missing[0]}, which is missing from the delta folder.")
-    return files
+    return counts
 
 
 def _read_index(index: Path) -> dict[str, str]:

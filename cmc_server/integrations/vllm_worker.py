@@ -80,7 +80,8 @@ def start_deltas(vllm_config: VllmConfig, device: torch.device, runner: Literal[
         user = load_vocabulary(str(model.tokenizer))
         artifacts = [open_delta(source) for source in settings.deltas]
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        deltas.max_delta_seqs = plan_seqs(settings, artifacts, max_num_seqs, delta_dtype(settings, device).itemsize)
+        value_bytes = delta_dtype(settings, device).itemsize
+        deltas.max_delta_seqs = plan_seqs(settings, artifacts, max_num_seqs, value_bytes, device.type == "cpu")
         for source in settings.deltas:
             loaded = load_delta(source, user, settings, max_seqs=deltas.max_delta_seqs, device=device)
             deltas.load(loaded)
