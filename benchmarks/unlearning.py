@@ -43,11 +43,13 @@ STEPS = ("tune", "delta", "narrow", "lora", "full", "evaluate")
 #: What each delta changes in the shipped recipe.
 NARROW = {"file": "../data/tofu/retain_perturbed.json", "columns": {"prompt": "question", "response": "answer"}}
 GRAD_DIFF = {"name": "grad_diff", "retain_weight": 3.0, "forget_bound": 8.0}
+#: Of the baselines: with the weight 3 they forgot next to nothing.
+EVEN = GRAD_DIFF | {"retain_weight": 1.0}
 DELTAS: dict[str, dict[str, Any]] = {"delta": {}, "narrow": {"retain": NARROW, "objective": GRAD_DIFF}}
 #: Each baseline's learning rate and epochs; the data are those of the delta, the objective is gradient difference.
 BASELINES: dict[str, dict[str, Any]] = {
     "lora": {"epochs": 5, "batch_size": 4, "learning_rate": 1.0e-3, "mixed_precision": "bf16"},
-    "full": {"epochs": 5, "batch_size": 4, "learning_rate": 1.0e-4, "mixed_precision": "bf16"},
+    "full": {"epochs": 5, "batch_size": 4, "learning_rate": 2.0e-4, "mixed_precision": "bf16"},
 }
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 
@@ -114,7 +116,7 @@ def train_baseline(work: Path, kind: str, model: str, seed: int) -> None:
         from cmc_server.training.direct import train_llm
         from cmc_server.training.recipes import Recipe
 
-        recipe = read_recipe(seed, objective=GRAD_DIFF)
+        recipe = read_recipe(seed, objective=EVEN)
         recipe |= {"template": str(work / f"{model}-full"), "optimisation": BASELINES[kind]}
         recipe |= {"checkpoint": {"save_strategy": "no"}}
         lora = LoraConfig(**LORA) if kind == "lora" else None
