@@ -4,11 +4,13 @@ Any Hugging Face causal LM whose attention goes through that interface runs unmo
 all rows as one packed sequence [1, T], and its attention layers call :func:`paged_attention`, which writes the new keys
 and values into the pool and lets every token attend to its own row's earlier positions.
 
-Shape letters: T packed tokens, R rows, Q queries per row, L cached positions, H heads, K key-value heads, E head size.
+Shape letters: T packed tokens, R rows, Q queries per row, N blocks per row of P positions each, L = N * P positions,
+H heads, K key-value heads, E head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,24 +24,25 @@ IMPLEMENTATION = "cmc_paged"
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows attended to in one call: their queries padded to Q, their positions padded to L.
+    """Rows attended to in one call: their queries padded to Q, their blocks to N.
 
     Args:
         token_index: [R, Q] int64 into the packed tokens; padding repeats a valid index.
-        cache_index: [R, L] int64 into the pool's flat positions; padding repeats a valid index.
+        blocks: [R, N] int64 into the pool's blocks; padding repeats a block of the same row, so that no row ever reads
+            what another wrote: a value that is not finite would spoil a sum even with the weight zero.
         query_positions: [R, Q] int64, positions of the queries; -1 for padding.
         query_mask: [R, Q] bool or None when nothing is padded.
     """
 
     token_index: Tensor
-    cache_index: Tensor
+    blocks: Tensor
     query_positions: Tensor
     query_mask: Tensor | None
 
     def to(self, device: torch.device) -> RowGroup:
         """The same group on a device."""
         mask = None if self.query_mask is None else self.query_mask.to(device)
-        return RowGroup(self.token_index.to(device), self.cache_index.to(device), self.query_positions.to(device), mask)
+        return RowGroup(self.token_index.to(device), self.blocks.to(device), self.query_positions.to(device), mask)
 
 
 class KeyValuePool:
@@ -47,7 +50,8 @@ class KeyValuePool:
 
     Args:
         num_layers: attention layers.
-        num_positions: positions per layer over all blocks.
+        num_blocks: blocks per layer.
+        block_size: positions per block, P.
         num_kv_heads: key-value heads.
         head_size: size of a head.
         dtype: floating-point type of the cache.
@@ -57,18 +61,44 @@ class KeyValuePool:
     def __init__(
         self,
         num_layers: int,
-        num_positions: int,
+        num_blocks: int,
+        block_size: int,
         num_kv_heads: int,
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_positions, num_kv_heads, head_size)
+        shape = (num_layers, num_blocks, block_size, num_kv_heads, head_size)
         # zero_() touches every page, so that an engine which sizes its own cache by free memory sees this one.
         self.keys = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.values = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.slots = torch.empty(0, dtype=torch.int64, device=device)
         self.groups: list[RowGroup] = []
+        self._visible: dict[int | None, list[Tensor]] = {}
+
+    def begin(self, slots: Tensor, groups: list[RowGroup]) -> None:
+        """Set the layout of the next forward pass.
+
+        Args:
+            slots: [T] int64, where each packed token's keys and values go: block * P + offset.
+            groups: the rows, each in one group.
+        """
+        self.slots, self.groups = slots, groups
+        self._visible = {}
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks before they are written to: what they held may not have been finite."""
+        if blocks:
+            index = torch.tensor(blocks, device=self.keys.device)
+            self.keys[:, index] = 0.0
+            self.values[:, index] = 0.0
+
+    def visible(self, sliding_window: int | None) -> list[Tensor]:
+        """What each group's queries see, see :func:`_visible`; made once for all layers of one kind."""
+        if sliding_window not in self._visible:
+            size = self.keys.shape[2]
+            self._visible[sliding_window] = [_visible(group, size, sliding_window) for group in self.groups]
+        return self._visible[sliding_window]
 
     def attach(self, model: nn.Module) -> None:
         """Make every attention layer of ``model`` use this pool."""
@@ -111,18 +141,18 @@ def paged_attention(
     pool: KeyValuePool = module.cmc_pool  # type: ignore[assignment]
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = pool.keys[layer], pool.values[layer]
-    keys.index_copy_(0, pool.slots, key[0].transpose(0, 1).to(keys.dtype))
-    values.index_copy_(0, pool.slots, value[0].transpose(0, 1).to(values.dtype))
+    keys.flatten(0, 1).index_copy_(0, pool.slots, key[0].transpose(0, 1).to(keys.dtype))
+    values.flatten(0, 1).index_copy_(0, pool.slots, value[0].transpose(0, 1).to(values.dtype))
     tokens = query[0].transpose(0, 1)  # [T, H, E]
     output = torch.empty_like(tokens)
-    for group in pool.groups:
+    for group, visible in zip(pool.groups, pool.visible(sliding_window), strict=True):
         queries = tokens[group.token_index].transpose(1, 2)  # [R, H, Q, E]
-        repeats = queries.shape[1] // keys.shape[1]
+        repeats = queries.shape[1] // keys.shape[2]
         attended = scaled_dot_product_attention(
             queries,
-            _heads(keys, group.cache_index, repeats),
-            _heads(values, group.cache_index, repeats),
-            attn_mask=_visible(group, sliding_window),
+            _heads(keys, group.blocks, repeats),
+            _heads(values, group.blocks, repeats),
+            attn_mask=visible,
             scale=scaling,
         ).transpose(1, 2)
         if group.query_mask is None:
@@ -132,14 +162,17 @@ def paged_attention(
     return output.unsqueeze(0), None
 
 
-def _heads(cache: Tensor, index: Tensor, repeats: int) -> Tensor:
-    gathered = cache[index].transpose(1, 2)  # [R, K, L, E]
+def _heads(cache: Tensor, blocks: Tensor, repeats: int) -> Tensor:
+    """[R, H, L, E] of a layer's [blocks, P, K, E]. Whole blocks are copied: by position it takes many times longer."""
+    rows, count = blocks.shape
+    _, size, heads, width = cache.shape
+    gathered = cache.index_select(0, blocks.flatten()).view(rows, count * size, heads, width).transpose(1, 2)
     return gathered if repeats == 1 else gathered.repeat_interleave(repeats, dim=1)
 
 
-def _visible(group: RowGroup, sliding_window: int | None) -> Tensor:
+def _visible(group: RowGroup, block_size: int, sliding_window: int | None) -> Tensor:
     """[R, 1, Q, L]: position p sees positions up to p, and no further back than the sliding window."""
-    positions = torch.arange(group.cache_index.shape[1], device=group.cache_index.device)
+    positions = torch.arange(group.blocks.shape[1] * block_size, device=group.blocks.device)
     queries = group.query_positions.unsqueeze(-1)
     visible = positions <= queries
     if sliding_window is not None:

@@ -80,7 +80,7 @@ class DeltaRunner:
         self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.blocks = BlockPool(num_blocks(self.context_length, max_seqs), BLOCK_SIZE)
         layers, heads, head_size = cache_shape(self._model.config)
-        self._pool = KeyValuePool(layers, self.blocks.num_blocks * BLOCK_SIZE, heads, head_size, dtype, device)
+        self._pool = KeyValuePool(layers, self.blocks.num_blocks, BLOCK_SIZE, heads, head_size, dtype, device)
         self._pool.attach(self._model)
         #: Tokens that went through the model since it was loaded.
         self.num_tokens = 0
@@ -143,7 +143,7 @@ class DeltaRunner:
         return torch.zeros(0, self.vocab_size, device=self.device) if output is None else output
 
     def _begin(self, row: int, feed: Feed) -> _Piece:
-        feed.sequence.reserve(len(feed.ids))
+        self._pool.clear(feed.sequence.reserve(len(feed.ids)))
         return _Piece(row, feed.sequence.length, len(feed.ids))
 
     def _run(self, feeds: Sequence[Feed], pieces: list[_Piece], ended: list[int]) -> Tensor:
@@ -158,9 +158,9 @@ class DeltaRunner:
             ids.extend(feed.ids[piece.start : piece.stop])
             positions.extend(range(piece.start, piece.stop))
             slots.extend(feed.sequence.slots(piece.start, piece.stop))
-        self._pool.slots = torch.tensor(slots, device=self.device)
         blocks = [feeds[piece.row].sequence.blocks for piece in pieces]
-        self._pool.groups = [group.to(self.device) for group in _group_rows(pieces, offsets, blocks)]
+        groups = [group.to(self.device) for group in _group_rows(pieces, offsets, blocks)]
+        self._pool.begin(torch.tensor(slots, device=self.device), groups)
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
         wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in set(ended)]
         return self._logits(ids, positions, torch.tensor(wanted, dtype=torch.int64, device=self.device))
@@ -267,9 +267,8 @@ def _row_group(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]]
     """Few tensors whatever the number of rows: this runs in every step."""
     longest = max(pieces[index].stop for index in members)
     held = -(-longest // BLOCK_SIZE)
-    # Places that pad a row lie behind its last position, so that no query sees them.
-    tables = [(blocks[index] + [0] * held)[:held] for index in members]
-    firsts = torch.tensor(tables).unsqueeze(2) * BLOCK_SIZE
+    # Blocks that pad a row lie behind its last position, so that no query sees them.
+    tables = [(blocks[index] + blocks[index][:1] * held)[:held] for index in members]
     counts = [pieces[index].stop - pieces[index].start for index in members]
     width = max(counts)
     starts = torch.tensor([[pieces[index].start] for index in members])
@@ -284,7 +283,7 @@ def _row_group(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]]
         real = None if min(counts) == width else real
     return RowGroup(
         token_index=token_index,
-        cache_index=(firsts + torch.arange(BLOCK_SIZE)).flatten(1)[:, :longest],
+        blocks=torch.tensor(tables),
         query_positions=query_positions,
         query_mask=real,
     )

@@ -152,3 +152,12 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DeltaError, match="up_proj"):
         DeltaRunner(open_delta(DeltaSource(name="d", path=str(tmp_path))), max_seqs=1, device=CPU)
+
+
+def test_what_a_block_held_before_does_not_matter(artifact: DeltaArtifact) -> None:
+    runner = DeltaRunner(artifact, max_seqs=3, device=CPU)
+    runner._pool.keys.fill_(float("nan"))
+    runner._pool.values.fill_(float("nan"))
+    inputs = [[1, 2, 3], list(range(40)), [5]]
+    logits = runner.forward([Feed(runner.new_sequence(), ids, 0) for ids in inputs])
+    torch.testing.assert_close(logits, expected(artifact, inputs), atol=1e-4, rtol=1e-4)
