@@ -71,6 +71,7 @@ class EngineSettings(FrozenModel):
         max_delta_seqs: how many rows may be steered at once; None means the engine's own ``max_num_seqs``.
         delta_memory: GiB for the deltas' weights and key-value cache together.
         delta_dtype: computing type of the deltas. ``auto`` is float32 on a CPU and bfloat16 on a GPU.
+        delta_overlap: on a CPU, run the deltas beside the user LLM on the cores that vLLM leaves free.
         min_coverage: below this share of mapped ordinary tokens a delta is refused.
         force_coverage: accept such a delta all the same.
         map_overrides: file with pairs of special tokens, see ``cmc-server map --overrides``.
@@ -85,6 +86,7 @@ class EngineSettings(FrozenModel):
     max_delta_seqs: int | None = Field(default=None, ge=1)
     delta_memory: float = Field(default=4.0, gt=0)
     delta_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    delta_overlap: bool = True
     min_coverage: float = Field(default=0.5, ge=0, le=1)
     force_coverage: bool = False
     map_overrides: str | None = None

@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         help="computing type; auto is float32 on a CPU and bfloat16 on a GPU (default: %(default)s)",
     )
     add(
+        "--no-delta-overlap",
+        action="store_false",
+        default=defaults.delta_overlap,
+        dest="delta_overlap",
+        help="on a CPU, do not run the deltas beside MODEL on the cores that vLLM leaves free",
+    )
+    add(
         _BOUNDS,
         type=_bounds,
         default=defaults.strength_bounds,

@@ -5,6 +5,7 @@ An engine adapter knows rows and requests; the controller knows *slots*, numbers
     load(source)                 a delta becomes usable
     admit(slot, prompt, controls)    a request takes a slot
     advance(slot, token_ids)     its response grew
+    begin(slots, device)         the next shift will want these; optional
     shift(rows, logits)          add the deltas to the rows of some slots, in place
     release(slot)                the request is gone
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +29,7 @@ from cmc_server.delta.blocks import CachedSequence
 from cmc_server.delta.runner import Feed
 from cmc_server.delta.spelling import DeltaInput, window_drop
 from cmc_server.errors import CapacityError, DeltaRuntimeError
+from cmc_server.fusion.beside import Beside
 from cmc_server.fusion.exchange import Exchange, agree
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.rule import Shift, fuse_
@@ -90,7 +93,7 @@ class _Stream:
         return ids[: self.num_bos] + ids[self.num_bos + self.dropped :] if self.dropped else ids
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     streams: list[_Stream] = field(default_factory=list)
     unmapped: Unmapped = "zero"
@@ -112,6 +115,14 @@ class _Output:
         return self.logits.index_select(0, torch.tensor(rows, device=self.logits.device))
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """Forward passes that were begun before they are wanted, and for which slots."""
+
+    slots: list[int]
+    outputs: Future[dict[LoadedDelta, _Output]]
+
+
 #: A row of the logits and the request that it belongs to.
 _Row = tuple[int, _Request]
 
@@ -123,11 +134,17 @@ class DeltaController:
         reserved_token_id: user token that ends a failed request; masked for all other steered rows. None raises
             :class:`DeltaRuntimeError` instead, for engines where the caller sees the exception.
         exchange: to the other ranks under tensor parallelism.
+        beside: where forward passes run that :meth:`begin` asks for; None leaves all to :meth:`shift`. Not used under
+            tensor parallelism, where all ranks have to do the same in the same order.
     """
 
-    def __init__(self, reserved_token_id: int | None = None, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self, reserved_token_id: int | None = None, exchange: Exchange | None = None, beside: Beside | None = None
+    ) -> None:
         self._reserved = reserved_token_id
         self._exchange = exchange
+        self._beside = beside if exchange is None else None
+        self._ahead: _Ahead | None = None
         self._deltas: dict[str, LoadedDelta] = {}
         self._requests: dict[int, _Request] = {}
         self._cached: dict[LoadedDelta, OrderedDict[int, _Stream]] = {}
@@ -144,6 +161,7 @@ class DeltaController:
 
     def unload(self, name: str) -> None:
         """Forget a delta; requests that run on it keep it."""
+        self._finish_ahead()
         del self._deltas[name]
 
     def admit(
@@ -168,6 +186,7 @@ class DeltaController:
 
     def advance(self, slot: int, token_ids: Sequence[int]) -> None:
         """Append response tokens to a request."""
+        self._finish_ahead()
         request = self._requests[slot]
         if request.failed or not token_ids:
             return
@@ -179,9 +198,26 @@ class DeltaController:
 
     def release(self, slot: int) -> None:
         """Forget a request and free its cache; a slot that nobody holds is fine."""
+        self._finish_ahead()
         request = self._requests.pop(slot, None)
         for stream in request.streams if request else ():
             self._drop_cache(stream)
+
+    def begin(self, slots: Sequence[int], device: torch.device) -> None:
+        """Run the deltas of these slots beside whatever the caller does until :meth:`shift`.
+
+        Nothing else of the controller is touched meanwhile: every other method waits for the end first.
+
+        Args:
+            slots: those that the next :meth:`shift` will want. Should it want others, it starts anew.
+            device: where the logits will be.
+        """
+        if self._beside is None:
+            return
+        self._finish_ahead()
+        requests = self._running(slots)
+        if requests:
+            self._ahead = _Ahead(list(slots), self._beside.start(lambda: self._run_deltas(requests, device)))
 
     def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> Tensor:
         """Apply the rule in place.
@@ -198,7 +234,10 @@ class DeltaController:
         """
         steered = [(row, self._requests[slot]) for row, slot in rows]
         self._agree(steered, logits.device)
-        outputs = self._run_deltas([request for _, request in steered if not request.failed], logits.device)
+        slots = [slot for _, slot in rows]
+        outputs = self._take_ahead(slots)
+        if outputs is None:
+            outputs = self._run_deltas(self._running(slots), logits.device)
         self._agree(steered, logits.device)
         if self._exchange is not None:
             for output in outputs.values():
@@ -213,6 +252,21 @@ class DeltaController:
             if request.failed:
                 self._end(logits[row])
         return logits
+
+    def _running(self, slots: Sequence[int]) -> list[_Request]:
+        return [request for slot in slots if not (request := self._requests[slot]).failed]
+
+    def _take_ahead(self, slots: list[int]) -> dict[LoadedDelta, _Output] | None:
+        """What was begun for just these slots; their requests are still the same, see :meth:`_finish_ahead`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        outputs = ahead.outputs.result()
+        return outputs if ahead.slots == slots else None
+
+    def _finish_ahead(self) -> None:
+        """Wait for what was begun, and drop it: its inputs are about to change."""
+        self._take_ahead([])
 
     def _apply(self, members: list[_Row], outputs: dict[LoadedDelta, _Output], logits: Tensor) -> None:
         """The rule for rows that share their deltas and policy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from cmc_server.config import EngineSettings
 from cmc_server.delta.capacity import plan_seqs
 from cmc_server.delta.store import open_delta
 from cmc_server.errors import ConfigError
+from cmc_server.fusion.beside import Beside, spare_cores
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.loaded import delta_dtype, load_delta
 from cmc_server.vocab.surface import load_vocabulary
@@ -32,7 +34,7 @@ class WorkerDeltas(DeltaController):
     """
 
     def __init__(self, settings: EngineSettings, runner: Literal["v1", "v2"]) -> None:
-        super().__init__(settings.reserved_token_id, _exchange())
+        super().__init__(settings.reserved_token_id, _exchange(), _beside(settings))
         self.runner = runner
         self.max_delta_seqs = 0
 
@@ -57,6 +59,8 @@ class WorkerDeltas(DeltaController):
         }
 
 
+#: By which vLLM binds a CPU worker's computing threads, depending on the OpenMP library.
+_PLACES = ("OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 #: The deltas of this worker process; vLLM offers no other way from the worker extension to the processor.
 _current: WorkerDeltas | None = None
 
@@ -88,6 +92,22 @@ def start_deltas(vllm_config: VllmConfig, device: torch.device, runner: Literal[
             logger.info("Delta %s (version %s) is ready.", loaded.name, loaded.artifact.version)
     _current = deltas
     return deltas
+
+
+def _beside(settings: EngineSettings) -> Beside | None:
+    """A thread for the deltas on the cores that vLLM leaves free; None where there are none.
+
+    vLLM starts its CPU workers with computing threads bound to cores, and keeps at least one core for the scheduler,
+    which mostly waits for the worker.
+    """
+    if not settings.delta_overlap:
+        return None
+    placed = next((os.environ[name] for name in _PLACES if name in os.environ), None)
+    cores = spare_cores(placed, frozenset(os.sched_getaffinity(os.getppid())))
+    if not cores:
+        return None
+    logger.info("Deltas run beside the user LLM, on core %s.", ", ".join(map(str, sorted(cores))))
+    return Beside(cores)
 
 
 def _samples_here() -> bool:
