@@ -27,22 +27,24 @@ class RowGroup:
     """Rows attended to in one call: their queries padded to Q, their blocks to N.
 
     Args:
-        token_index: [R, Q] int64 into the packed tokens; padding repeats a valid index.
+        token_index: [R, Q] int64 into the packed tokens; padding repeats a valid index. None: the rows are all packed
+            tokens in their order, one each.
         blocks: [R, N] int64 into the pool's blocks; padding repeats a block of the same row, so that no row ever reads
             what another wrote: a value that is not finite would spoil a sum even with the weight zero.
         query_positions: [R, Q] int64, positions of the queries; -1 for padding.
         query_mask: [R, Q] bool or None when nothing is padded.
     """
 
-    token_index: Tensor
+    token_index: Tensor | None
     blocks: Tensor
     query_positions: Tensor
     query_mask: Tensor | None
 
     def to(self, device: torch.device) -> RowGroup:
         """The same group on a device."""
+        index = None if self.token_index is None else self.token_index.to(device)
         mask = None if self.query_mask is None else self.query_mask.to(device)
-        return RowGroup(self.token_index.to(device), self.blocks.to(device), self.query_positions.to(device), mask)
+        return RowGroup(index, self.blocks.to(device), self.query_positions.to(device), mask)
 
 
 class KeyValuePool:
@@ -68,10 +70,11 @@ class KeyValuePool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_blocks, block_size, num_kv_heads, head_size)
+        self.num_kv_heads = num_kv_heads
         # zero_() touches every page, so that an engine which sizes its own cache by free memory sees this one.
-        self.keys = torch.empty(shape, dtype=dtype, device=device).zero_()
-        self.values = torch.empty(shape, dtype=dtype, device=device).zero_()
+        shape = (num_layers, num_blocks, block_size, 2 * num_kv_heads, head_size)
+        #: Keys, then values, along the heads: both are written in one go, and read in one.
+        self.cached = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.slots = torch.empty(0, dtype=torch.int64, device=device)
         self.groups: list[RowGroup] = []
         self._visible: dict[int | None, list[Tensor]] = {}
@@ -89,14 +92,12 @@ class KeyValuePool:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks before they are written to: what they held may not have been finite."""
         if blocks:
-            index = torch.tensor(blocks, device=self.keys.device)
-            self.keys[:, index] = 0.0
-            self.values[:, index] = 0.0
+            self.cached[:, torch.tensor(blocks, device=self.cached.device)] = 0.0
 
     def visible(self, sliding_window: int | None) -> list[Tensor]:
         """What each group's queries see, see :func:`_visible`; made once for all layers of one kind."""
         if sliding_window not in self._visible:
-            size = self.keys.shape[2]
+            size = self.cached.shape[2]
             self._visible[sliding_window] = [_visible(group, size, sliding_window) for group in self.groups]
         return self._visible[sliding_window]
 
@@ -139,35 +140,67 @@ def paged_attention(
     if softcap is not None:
         raise NotImplementedError("attention with soft-capped scores")
     pool: KeyValuePool = module.cmc_pool  # type: ignore[assignment]
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = pool.keys[layer], pool.values[layer]
-    keys.flatten(0, 1).index_copy_(0, pool.slots, key[0].transpose(0, 1).to(keys.dtype))
-    values.flatten(0, 1).index_copy_(0, pool.slots, value[0].transpose(0, 1).to(values.dtype))
-    tokens = query[0].transpose(0, 1)  # [T, H, E]
-    output = torch.empty_like(tokens)
+    new = torch.cat([key[0], value[0]]).transpose(0, 1)
+    attended = attend(pool, module.layer_idx, query[0].transpose(0, 1), new, scaling, sliding_window)  # type: ignore[arg-type]
+    return attended.unsqueeze(0), None
+
+
+def attend(
+    pool: KeyValuePool,
+    layer: int,
+    queries: Tensor,
+    new: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Write the new keys and values of one layer, and attend.
+
+    Args:
+        pool: with the layout of this forward pass.
+        layer: its number.
+        queries: [T, H, E], positions already encoded.
+        new: [T, 2K, E], keys (positions encoded) and values of the same tokens.
+        scaling: factor on the scores; None is 1/sqrt(E).
+        sliding_window: a token sees this many positions including its own; None is all.
+
+    Returns:
+        [T, H, E].
+    """
+    cache = pool.cached[layer]
+    cache.flatten(0, 1).index_copy_(0, pool.slots, new.to(cache.dtype))
+    output: Tensor | None = None
     for group, visible in zip(pool.groups, pool.visible(sliding_window), strict=True):
-        queries = tokens[group.token_index].transpose(1, 2)  # [R, H, Q, E]
-        repeats = queries.shape[1] // keys.shape[2]
+        index = group.token_index
+        chosen = queries.unsqueeze(1) if index is None else queries[index]
+        keys, values = _gather(cache, group.blocks, queries.shape[1], pool.num_kv_heads)
         attended = scaled_dot_product_attention(
-            queries,
-            _heads(keys, group.blocks, repeats),
-            _heads(values, group.blocks, repeats),
-            attn_mask=visible,
-            scale=scaling,
-        ).transpose(1, 2)
+            chosen.transpose(1, 2), keys, values, attn_mask=visible, scale=scaling
+        ).transpose(1, 2)  # [R, Q, H, E]
+        if index is None:
+            return attended.squeeze(1)
+        if output is None:
+            output = torch.empty_like(queries)
         if group.query_mask is None:
-            output[group.token_index.flatten()] = attended.flatten(0, 1)
+            output[index.flatten()] = attended.flatten(0, 1)
         else:
-            output[group.token_index[group.query_mask]] = attended[group.query_mask]
-    return output.unsqueeze(0), None
+            output[index[group.query_mask]] = attended[group.query_mask]
+    assert output is not None, "a forward pass has rows"
+    return output
 
 
-def _heads(cache: Tensor, blocks: Tensor, repeats: int) -> Tensor:
-    """[R, H, L, E] of a layer's [blocks, P, K, E]. Whole blocks are copied: by position it takes many times longer."""
+def _gather(cache: Tensor, blocks: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, [R, H, L, E] each, of a layer's [blocks, P, 2K, E].
+
+    Whole blocks are copied: position by position it takes many times longer.
+    """
     rows, count = blocks.shape
     _, size, heads, width = cache.shape
     gathered = cache.index_select(0, blocks.flatten()).view(rows, count * size, heads, width).transpose(1, 2)
-    return gathered if repeats == 1 else gathered.repeat_interleave(repeats, dim=1)
+    keys, values = gathered[:, :num_kv_heads], gathered[:, num_kv_heads:]
+    repeats = num_heads // num_kv_heads
+    if repeats == 1:
+        return keys, values
+    return keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
 
 
 def _visible(group: RowGroup, block_size: int, sliding_window: int | None) -> Tensor:

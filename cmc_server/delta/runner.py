@@ -18,6 +18,7 @@ from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
 from cmc_server.delta.blocks import BlockPool, CachedSequence
 from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
 from cmc_server.delta.head import pack_head
+from cmc_server.delta.llama import FastLlama
 from cmc_server.delta.store import DeltaArtifact
 from cmc_server.errors import DeltaError
 
@@ -76,21 +77,19 @@ class DeltaRunner:
         self.vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
         #: Parameters of the model; tied ones count once.
         self.num_parameters = sum(int(parameter.numel()) for parameter in self._model.parameters())
-        self._packed_bytes = pack_head(self._model)
+        packed = pack_head(self._model)
+        weights = packed + sum(int(parameter.nbytes) for parameter in self._model.parameters())
+        self._fast = FastLlama(self._model, self.context_length) if FastLlama.fits(self._model) else None
         self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.blocks = BlockPool(num_blocks(self.context_length, max_seqs), BLOCK_SIZE)
         layers, heads, head_size = cache_shape(self._model.config)
         self._pool = KeyValuePool(layers, self.blocks.num_blocks, BLOCK_SIZE, heads, head_size, dtype, device)
         self._pool.attach(self._model)
+        #: Bytes reserved for weights and key-value cache.
+        self.memory_bytes = weights + int(self._pool.cached.nbytes)
         #: Tokens that went through the model since it was loaded.
         self.num_tokens = 0
         self._check_attention()
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes reserved for weights and key-value cache."""
-        weights = sum(int(parameter.nbytes) for parameter in self._model.parameters())
-        return weights + self._packed_bytes + 2 * self._pool.keys.numel() * self._pool.keys.element_size()
 
     def new_sequence(self) -> CachedSequence:
         """An empty sequence; it holds blocks only once it is fed."""
@@ -166,6 +165,9 @@ class DeltaRunner:
         return self._logits(ids, positions, torch.tensor(wanted, dtype=torch.int64, device=self.device))
 
     def _logits(self, ids: list[int], positions: list[int], wanted: Tensor) -> Tensor:
+        if self._fast is not None:
+            packed = torch.tensor([ids, positions], device=self.device)
+            return self._fast.forward(self._pool, packed[0], packed[1], wanted).float()
         extra: dict[str, Any] = {"logits_to_keep": wanted} if self._can_select else {}
         logits: Tensor = self._model(
             input_ids=torch.tensor([ids], device=self.device),
@@ -273,8 +275,10 @@ def _row_group(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]]
     width = max(counts)
     starts = torch.tensor([[pieces[index].start] for index in members])
     tokens = torch.tensor([[offsets[index]] for index in members])
+    token_index: Tensor | None
     if width == 1:
-        token_index, query_positions, real = tokens, starts, None
+        query_positions, real = starts, None
+        token_index = None if len(members) == len(pieces) else tokens
     else:
         steps = torch.arange(width)
         real = steps < torch.tensor(counts).unsqueeze(1)
