@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from benchmark_report import describe_machine, keep
-from random_delta import CONTEXT, write_random_delta
-from serving import delta_cost, machine_limits
+from bounds import delta_cost, machine_limits
+from random_models import CONTEXT, write_random_delta
 
 import cmc_server.fusion.controller as controller_module
 from cmc_server.config import DeltaSource, EngineSettings
