@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,11 @@ from cmc_server.errors import ConfigError
 ADDITIONAL_CONFIG_KEY = "cmc_server"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Unmapped = Literal["zero", "preserve"]
+FastPath = Literal["head", "layers", "overlap", "rule", "sharing", "spelling"]
+#: Each has a slow, obvious equal that runs when it is switched off.
+#: head: packed output heads (CPU). layers: Llamas in few operations. overlap: deltas beside the user LLM (CPU).
+#: rule: without copies of the logits. sharing: equal beginnings computed once. spelling: only what is new.
+FAST_PATHS: frozenset[FastPath] = frozenset(get_args(FastPath))
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -71,7 +76,7 @@ class EngineSettings(FrozenModel):
         max_delta_seqs: how many rows may be steered at once; None means the engine's own ``max_num_seqs``.
         delta_memory: GiB for the deltas' weights and key-value cache together.
         delta_dtype: computing type of the deltas. ``auto`` is float32 on a CPU and bfloat16 on a GPU.
-        delta_overlap: on a CPU, run the deltas beside the user LLM on the cores that vLLM leaves free.
+        fast_paths: those that are on, to find out whether one of them is at fault.
         min_coverage: below this share of mapped ordinary tokens a delta is refused.
         force_coverage: accept such a delta all the same.
         map_overrides: file with pairs of special tokens, see ``cmc-server map --overrides``.
@@ -86,7 +91,7 @@ class EngineSettings(FrozenModel):
     max_delta_seqs: int | None = Field(default=None, ge=1)
     delta_memory: float = Field(default=4.0, gt=0)
     delta_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    delta_overlap: bool = True
+    fast_paths: frozenset[FastPath] = FAST_PATHS
     min_coverage: float = Field(default=0.5, ge=0, le=1)
     force_coverage: bool = False
     map_overrides: str | None = None

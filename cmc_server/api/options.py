@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from cmc_server.config import DeltaSource, EngineSettings, build
+from cmc_server.config import FAST_PATHS, DeltaSource, EngineSettings, build
 from cmc_server.errors import ConfigError
 
 _BOUNDS = "--strength-bounds"
@@ -85,11 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         help="computing type; auto is float32 on a CPU and bfloat16 on a GPU (default: %(default)s)",
     )
     add(
-        "--no-delta-overlap",
-        action="store_false",
-        default=defaults.delta_overlap,
-        dest="delta_overlap",
-        help="on a CPU, do not run the deltas beside MODEL on the cores that vLLM leaves free",
+        "--delta-fast-paths",
+        type=_names,
+        default=defaults.fast_paths,
+        dest="fast_paths",
+        metavar="NAME,...",
+        help="only these, or none, to find out whether one is at fault: " + ", ".join(sorted(FAST_PATHS)),
     )
     add(
         _BOUNDS,
@@ -146,6 +147,10 @@ def _join_bounds(argv: Sequence[str]) -> list[str]:
             argument = f"{_BOUNDS}={low}" if "," in low or not rest else f"{_BOUNDS}={low},{rest.pop(0)}"
         joined.append(argument)
     return joined
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset() if text == "none" else frozenset(text.split(","))
 
 
 def _bounds(text: str) -> tuple[float, float]:

@@ -6,7 +6,7 @@ The slow reference with the same meaning is a plain forward pass over each whole
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cmc_server.config import FAST_PATHS, FastPath
 from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
 from cmc_server.delta.blocks import BlockPool, CachedSequence
 from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
@@ -60,13 +61,20 @@ class DeltaRunner:
         max_seqs: how many sequences may be cached at once, each up to the full context.
         device: where the model lives.
         dtype: float32 or bfloat16.
+        fast_paths: of these, ``head``, ``layers`` and ``sharing`` are the runner's.
 
     Raises:
         DeltaError: the weights do not fit the config, or the architecture's attention is not standard.
     """
 
     def __init__(
-        self, artifact: DeltaArtifact, *, max_seqs: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        artifact: DeltaArtifact,
+        *,
+        max_seqs: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        fast_paths: Collection[FastPath] = FAST_PATHS,
     ) -> None:
         self.artifact = artifact
         self.device = device
@@ -77,9 +85,11 @@ class DeltaRunner:
         self.vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
         #: Parameters of the model; tied ones count once.
         self.num_parameters = sum(int(parameter.numel()) for parameter in self._model.parameters())
-        packed = pack_head(self._model)
+        packed = pack_head(self._model) if "head" in fast_paths else 0
         weights = packed + sum(int(parameter.nbytes) for parameter in self._model.parameters())
-        self._fast = FastLlama(self._model, self.context_length) if FastLlama.fits(self._model) else None
+        few_operations = "layers" in fast_paths and FastLlama.fits(self._model)
+        self._fast = FastLlama(self._model, self.context_length) if few_operations else None
+        self._shares = "sharing" in fast_paths
         self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.blocks = BlockPool(num_blocks(self.context_length, max_seqs), BLOCK_SIZE)
         layers, heads, head_size = cache_shape(self._model.config)
@@ -111,8 +121,9 @@ class DeltaRunner:
         for feed in feeds:
             # The last id is always fed, since its logits are wanted and are not kept.
             feed.sequence.truncate(min(feed.keep, len(feed.ids) - 1))
-            feed.sequence.adopt(feed.ids)
-        first, twins = _twins(feeds)
+            if self._shares:
+                feed.sequence.adopt(feed.ids)
+        first, twins = _twins(feeds) if self._shares else (list(range(len(feeds))), [])
         if not twins:
             return self._forward(feeds)
         output = torch.zeros(len(feeds), self.vocab_size, device=self.device)
@@ -132,7 +143,8 @@ class DeltaRunner:
             for piece in batch:
                 feed = feeds[piece.row]
                 feed.sequence.length = piece.stop
-                feed.sequence.publish(feed.ids, feed.settled)
+                if self._shares:
+                    feed.sequence.publish(feed.ids, feed.settled)
                 self.num_tokens += piece.stop - piece.start
             if len(ended) == len(feeds):
                 return logits

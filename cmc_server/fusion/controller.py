@@ -16,103 +16,24 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cmc_server.config import Unmapped
-from cmc_server.delta.blocks import CachedSequence
+from cmc_server.config import FAST_PATHS, FastPath, Unmapped
 from cmc_server.delta.runner import Feed
-from cmc_server.delta.spelling import DeltaInput, window_drop
+from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput
 from cmc_server.errors import CapacityError, DeltaRuntimeError
 from cmc_server.fusion.beside import Beside
 from cmc_server.fusion.exchange import Exchange, agree
 from cmc_server.fusion.loaded import LoadedDelta
-from cmc_server.fusion.rule import Shift, fuse_
+from cmc_server.fusion.rule import Shift, fuse_, fuse_by_copy_
+from cmc_server.fusion.streams import Output, Request, Row, Steering, Stream, same_deltas
 
 logger = logging.getLogger(__name__)
-
-
-class Steering(Protocol):
-    """One delta of a request as the controller takes it; ``integrations.request_args.ActiveDelta`` is one."""
-
-    @property
-    def name(self) -> str:
-        """Name of a loaded delta."""
-
-    @property
-    def strength(self) -> float:
-        """Factor on its logits."""
-
-    @property
-    def version(self) -> str | None:
-        """Content that the caller expects; None takes what is loaded."""
-
-    @property
-    def prompt_ids(self) -> Sequence[int] | None:
-        """The prompt in the delta's tokens; None spells the user LLM's prompt."""
-
-
-@dataclass
-class _Stream:
-    """One delta of one request: its input, and what of it is cached."""
-
-    delta: LoadedDelta
-    strength: float
-    text: DeltaInput
-    sequence: CachedSequence | None = None
-    dropped: int = 0
-    keep: int = 0
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        unchanged = self.text.extend(token_ids)
-        dropped = window_drop(len(self.text.ids), self.delta.runner.context_length)
-        num_bos = self.num_bos
-        kept = unchanged - self.dropped if unchanged >= num_bos + self.dropped else min(unchanged, num_bos)
-        self.keep = min(self.keep, kept if dropped == self.dropped else num_bos)
-        self.dropped = dropped
-
-    @property
-    def num_bos(self) -> int:
-        bos = self.delta.encoder.bos_ids
-        return len(bos) if bos and self.text.ids[: len(bos)] == bos else 0
-
-    @property
-    def num_settled(self) -> int:
-        """Leading ids of the window that never change while no more are dropped."""
-        settled = self.text.num_settled
-        return settled - self.dropped if settled >= self.num_bos + self.dropped else min(settled, self.num_bos)
-
-    def window(self) -> list[int]:
-        """The ids that the delta reads: all, or the bos and what is left behind the dropped ones."""
-        ids = self.text.ids
-        return ids[: self.num_bos] + ids[self.num_bos + self.dropped :] if self.dropped else ids
-
-
-@dataclass(eq=False)
-class _Request:
-    streams: list[_Stream] = field(default_factory=list)
-    unmapped: Unmapped = "zero"
-    failed: bool = False
-
-
-@dataclass(frozen=True)
-class _Output:
-    """Logits of one delta, [n, D] float32, and the row of each stream by its identity."""
-
-    logits: Tensor
-    rows: Mapping[int, int]
-
-    def of(self, streams: Sequence[_Stream]) -> Tensor:
-        """The rows of some streams in their order; no copy where these are all rows."""
-        rows = [self.rows[id(stream)] for stream in streams]
-        if rows == list(range(self.logits.shape[0])):
-            return self.logits
-        return self.logits.index_select(0, torch.tensor(rows, device=self.logits.device))
 
 
 @dataclass(frozen=True)
@@ -120,11 +41,7 @@ class _Ahead:
     """Forward passes that were begun before they are wanted, and for which slots."""
 
     slots: list[int]
-    outputs: Future[dict[LoadedDelta, _Output]]
-
-
-#: A row of the logits and the request that it belongs to.
-_Row = tuple[int, _Request]
+    outputs: Future[dict[LoadedDelta, Output]]
 
 
 class DeltaController:
@@ -136,18 +53,25 @@ class DeltaController:
         exchange: to the other ranks under tensor parallelism.
         beside: where forward passes run that :meth:`begin` asks for; None leaves all to :meth:`shift`. Not used under
             tensor parallelism, where all ranks have to do the same in the same order.
+        fast_paths: of these, ``rule`` and ``spelling`` are the controller's.
     """
 
     def __init__(
-        self, reserved_token_id: int | None = None, exchange: Exchange | None = None, beside: Beside | None = None
+        self,
+        reserved_token_id: int | None = None,
+        exchange: Exchange | None = None,
+        beside: Beside | None = None,
+        fast_paths: Collection[FastPath] = FAST_PATHS,
     ) -> None:
+        self._apply_rule = fuse_ if "rule" in fast_paths else fuse_by_copy_
+        self._input = DeltaInput if "spelling" in fast_paths else WholeDeltaInput
         self._reserved = reserved_token_id
         self._exchange = exchange
         self._beside = beside if exchange is None else None
         self._ahead: _Ahead | None = None
         self._deltas: dict[str, LoadedDelta] = {}
-        self._requests: dict[int, _Request] = {}
-        self._cached: dict[LoadedDelta, OrderedDict[int, _Stream]] = {}
+        self._requests: dict[int, Request] = {}
+        self._cached: dict[LoadedDelta, OrderedDict[int, Stream]] = {}
 
     @property
     def deltas(self) -> Mapping[str, LoadedDelta]:
@@ -176,7 +100,7 @@ class DeltaController:
             unmapped: the request's policy; None lets the manifests decide.
         """
         self.release(slot)
-        request = self._requests[slot] = _Request()
+        request = self._requests[slot] = Request()
         try:
             request.streams = [self._open(prompt, one) for one in steering]
         except Exception as error:  # any cause must end the request, never the engine
@@ -242,7 +166,7 @@ class DeltaController:
         if self._exchange is not None:
             for output in outputs.values():
                 self._exchange.broadcast(output.logits)
-        for members in _same_deltas(steered).values():
+        for members in same_deltas(steered).values():
             try:
                 self._apply(members, outputs, logits)
             except Exception as error:  # see admit
@@ -253,10 +177,10 @@ class DeltaController:
                 self._end(logits[row])
         return logits
 
-    def _running(self, slots: Sequence[int]) -> list[_Request]:
+    def _running(self, slots: Sequence[int]) -> list[Request]:
         return [request for slot in slots if not (request := self._requests[slot]).failed]
 
-    def _take_ahead(self, slots: list[int]) -> dict[LoadedDelta, _Output] | None:
+    def _take_ahead(self, slots: list[int]) -> dict[LoadedDelta, Output] | None:
         """What was begun for just these slots; their requests are still the same, see :meth:`_finish_ahead`."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
@@ -268,7 +192,7 @@ class DeltaController:
         """Wait for what was begun, and drop it: its inputs are about to change."""
         self._take_ahead([])
 
-    def _apply(self, members: list[_Row], outputs: dict[LoadedDelta, _Output], logits: Tensor) -> None:
+    def _apply(self, members: list[Row], outputs: dict[LoadedDelta, Output], logits: Tensor) -> None:
         """The rule for rows that share their deltas and policy."""
         index = torch.tensor([row for row, _ in members], device=logits.device)
         first = members[0][1]
@@ -277,13 +201,13 @@ class DeltaController:
             streams = [request.streams[position] for _, request in members]
             strengths = torch.tensor([one.strength for one in streams], device=logits.device)
             shifts.append(Shift(outputs[stream.delta].of(streams), stream.delta.delta_ids, strengths))
-        fuse_(logits, index, shifts, first.unmapped)
+        self._apply_rule(logits, index, shifts, first.unmapped)
         if self._reserved is not None:
             logits[index, self._reserved] = -torch.inf
 
-    def _run_deltas(self, requests: Sequence[_Request], device: torch.device) -> dict[LoadedDelta, _Output]:
+    def _run_deltas(self, requests: Sequence[Request], device: torch.device) -> dict[LoadedDelta, Output]:
         """One forward pass per delta over all its rows; on ranks that do not lead, the room for the leader's."""
-        by_delta: dict[LoadedDelta, list[tuple[_Request, _Stream]]] = {}
+        by_delta: dict[LoadedDelta, list[tuple[Request, Stream]]] = {}
         for request in requests:
             for stream in request.streams:
                 by_delta.setdefault(stream.delta, []).append((request, stream))
@@ -292,10 +216,10 @@ class DeltaController:
             logits = self._run(pairs) if self._exchange is None or self._exchange.is_leader else None
             if logits is None:
                 logits = torch.zeros(len(pairs), delta.runner.vocab_size, device=device)
-            outputs[delta] = _Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
+            outputs[delta] = Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
         return outputs
 
-    def _run(self, pairs: list[tuple[_Request, _Stream]]) -> Tensor | None:
+    def _run(self, pairs: list[tuple[Request, Stream]]) -> Tensor | None:
         """[len(pairs), D] float32, zeros for streams that have nothing to read; None if the delta failed."""
         runner = pairs[0][1].delta.runner
         try:
@@ -325,14 +249,14 @@ class DeltaController:
         spread = torch.zeros(len(pairs), runner.vocab_size, device=logits.device)
         return spread.index_copy_(0, torch.tensor(rows, device=logits.device, dtype=torch.int64), logits)
 
-    def _agree(self, steered: Sequence[_Row], device: torch.device) -> None:
+    def _agree(self, steered: Sequence[Row], device: torch.device) -> None:
         """Take over the leader's word on which requests failed."""
         if self._exchange is not None:
             failed = agree(self._exchange, [request.failed for _, request in steered], device)
             for (_, request), has_failed in zip(steered, failed, strict=True):
                 request.failed = has_failed
 
-    def _open(self, prompt: Sequence[int] | None, steering: Steering) -> _Stream:
+    def _open(self, prompt: Sequence[int] | None, steering: Steering) -> Stream:
         delta = self._deltas.get(steering.name)
         if delta is None:
             raise DeltaRuntimeError(f"delta {steering.name!r} is not loaded")
@@ -345,11 +269,11 @@ class DeltaController:
             if prompt is None:
                 raise DeltaRuntimeError("the prompt has no token ids")
             prompt_ids = delta.prompt_ids(prompt)
-        stream = _Stream(delta, steering.strength, DeltaInput(delta.speller, prompt_ids))
+        stream = Stream(delta, steering.strength, self._input(delta.speller, prompt_ids))
         stream.extend(())
         return stream
 
-    def _cache(self, request: _Request, stream: _Stream, pairs: list[tuple[_Request, _Stream]]) -> bool:
+    def _cache(self, request: Request, stream: Stream, pairs: list[tuple[Request, Stream]]) -> bool:
         """See that a stream holds a cached sequence, taking one from a row that is not in this step if need be."""
         cached = self._cached[stream.delta]
         if stream.sequence is None:
@@ -366,13 +290,13 @@ class DeltaController:
         cached.move_to_end(id(stream))
         return True
 
-    def _drop_cache(self, stream: _Stream) -> None:
+    def _drop_cache(self, stream: Stream) -> None:
         if stream.sequence is not None:
             stream.sequence.free()
             stream.sequence, stream.keep = None, 0
             del self._cached[stream.delta][id(stream)]
 
-    def _fail(self, request: _Request, reason: str) -> None:
+    def _fail(self, request: Request, reason: str) -> None:
         if not request.failed:
             logger.error("A steered request ends with an error: %s.", reason)
         request.failed = True
@@ -382,15 +306,3 @@ class DeltaController:
     def _end(self, row: Tensor) -> None:
         row.fill_(-torch.inf)
         row[self._reserved] = 0.0
-
-
-def _same_deltas(
-    steered: Sequence[tuple[int, _Request]],
-) -> dict[tuple[Unmapped | LoadedDelta, ...], list[tuple[int, _Request]]]:
-    """Rows grouped by their deltas and policy, so that each group is one application of the rule."""
-    groups: dict[tuple[Unmapped | LoadedDelta, ...], list[tuple[int, _Request]]] = {}
-    for row, request in steered:
-        if not request.failed:
-            key = (request.unmapped, *(stream.delta for stream in request.streams))
-            groups.setdefault(key, []).append((row, request))
-    return groups

@@ -69,7 +69,8 @@ def load_delta(
             f"The delta {artifact.name!r} knows only {vocab_map.coverage:.0%} of the user LLM's tokens, less than "
             f"{settings.min_coverage:.0%}; force it with --force-coverage if that is what you want."
         )
-    runner = DeltaRunner(artifact, max_seqs=max_seqs, device=device, dtype=delta_dtype(settings, device))
+    dtype = delta_dtype(settings, device)
+    runner = DeltaRunner(artifact, max_seqs=max_seqs, device=device, dtype=dtype, fast_paths=settings.fast_paths)
     return LoadedDelta(
         artifact=artifact,
         runner=runner,

@@ -34,7 +34,7 @@ class WorkerDeltas(DeltaController):
     """
 
     def __init__(self, settings: EngineSettings, runner: Literal["v1", "v2"]) -> None:
-        super().__init__(settings.reserved_token_id, _exchange(), _beside(settings))
+        super().__init__(settings.reserved_token_id, _exchange(), _beside(settings), settings.fast_paths)
         self.runner = runner
         self.max_delta_seqs = 0
 
@@ -100,7 +100,7 @@ def _beside(settings: EngineSettings) -> Beside | None:
     vLLM starts its CPU workers with computing threads bound to cores, and keeps at least one core for the scheduler,
     which mostly waits for the worker.
     """
-    if not settings.delta_overlap:
+    if "overlap" not in settings.fast_paths:
         return None
     placed = next((os.environ[name] for name in _PLACES if name in os.environ), None)
     cores = spare_cores(placed, frozenset(os.sched_getaffinity(os.getppid())))

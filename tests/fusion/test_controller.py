@@ -11,7 +11,7 @@ import pytest
 import torch
 from steered import Steered
 
-from cmc_server.config import Unmapped
+from cmc_server.config import FAST_PATHS, Unmapped
 from cmc_server.errors import DeltaRuntimeError
 from cmc_server.fusion.beside import Beside, spare_cores
 from cmc_server.fusion.controller import DeltaController
@@ -45,12 +45,14 @@ def oracle(steered: Steered) -> ReferenceFusedLM:
     return ReferenceFusedLM(steered.user, steered.deltas)
 
 
-@pytest.fixture(params=["alone", "beside"])
+@pytest.fixture(params=["all", *(f"without {path}" for path in sorted(FAST_PATHS))])
 def controller(steered: Steered, request: pytest.FixtureRequest) -> Iterator[DeltaController]:
-    beside = Beside(frozenset(os.sched_getaffinity(0))) if request.param == "beside" else None
-    made = DeltaController(RESERVED, beside=beside)
+    """With every fast path on, and with each one off."""
+    fast_paths = FAST_PATHS - {request.param.removeprefix("without ")}
+    beside = Beside(frozenset(os.sched_getaffinity(0))) if "overlap" in fast_paths else None
+    made = DeltaController(RESERVED, beside=beside, fast_paths=fast_paths)
     for name in steered.deltas:
-        made.load(steered.load(name))
+        made.load(steered.load(name, fast_paths=fast_paths))
     yield made
 
 
