@@ -53,7 +53,7 @@ class DeltaController:
         exchange: to the other ranks under tensor parallelism.
         beside: where forward passes run that :meth:`begin` asks for; None leaves all to :meth:`shift`. Not used under
             tensor parallelism, where all ranks have to do the same in the same order.
-        fast_paths: of these, ``rule`` and ``spelling`` are the controller's.
+        fast_paths: of these, ``rule``, ``spelling`` and, on a GPU, ``overlap`` are the controller's.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class DeltaController:
         fast_paths: Collection[FastPath] = FAST_PATHS,
     ) -> None:
         self._apply_rule = fuse_ if "rule" in fast_paths else fuse_by_copy_
+        self._overlaps = "overlap" in fast_paths
+        self._side_stream: torch.cuda.Stream | None = None
         self._input = DeltaInput if "spelling" in fast_paths else WholeDeltaInput
         self._reserved = reserved_token_id
         self._exchange = exchange
@@ -80,6 +82,8 @@ class DeltaController:
 
     def load(self, delta: LoadedDelta) -> None:
         """Make a delta usable under its name. Requests that run on an older one of that name keep theirs."""
+        self._finish_ahead()
+        self._side_stream = None
         self._deltas[delta.name] = delta
         self._cached.setdefault(delta, OrderedDict())
 
@@ -161,7 +165,7 @@ class DeltaController:
         slots = [slot for _, slot in rows]
         outputs = self._take_ahead(slots)
         if outputs is None:
-            outputs = self._run_deltas(self._running(slots), logits.device)
+            outputs = self._run_aside(self._running(slots), logits.device)
         self._agree(steered, logits.device)
         if self._exchange is not None:
             for output in outputs.values():
@@ -204,6 +208,24 @@ class DeltaController:
         self._apply_rule(logits, index, shifts, first.unmapped)
         if self._reserved is not None:
             logits[index, self._reserved] = -torch.inf
+
+    def _run_aside(self, requests: Sequence[Request], device: torch.device) -> dict[LoadedDelta, Output]:
+        """On a GPU the user LLM's forward pass is queued already when :meth:`shift` is called, and hardly begun.
+
+        In a stream of their own the deltas run beside it, and are waited for only where their logits are used.
+        """
+        if device.type != "cuda" or not self._overlaps:
+            return self._run_deltas(requests, device)
+        main = torch.cuda.current_stream(device)
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._side_stream.wait_stream(main)  # the weights were loaded there
+        with torch.cuda.stream(self._side_stream):
+            outputs = self._run_deltas(requests, device)
+        main.wait_stream(self._side_stream)
+        for output in outputs.values():
+            output.logits.record_stream(main)  # or their memory would be used again too early
+        return outputs
 
     def _run_deltas(self, requests: Sequence[Request], device: torch.device) -> dict[LoadedDelta, Output]:
         """One forward pass per delta over all its rows; on ranks that do not lead, the room for the leader's."""

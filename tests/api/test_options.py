@@ -24,7 +24,7 @@ def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
         "model", "--port", "0", "--delta", "a=x@0.5", "--hf-overrides", '{"a": -1}', "--delta=b=org/b", "-tp", "2",
         "--strength-bounds", "-2", "3", "--max-deltas", "7", "--max-delta-seqs", "9", "--delta-memory", "0.5",
         "--delta-dtype", "float32", "--min-coverage", "0.1", "--force-coverage", "--map-overrides", "o.json",
-        "--delta-cache-dir", "cache", "--served-model-name", "m1", "m2", "-1",
+        "--delta-cache-dir", "cache", "--delta-fast-paths", "rule,head", "--served-model-name", "m1", "m2", "-1",
     ]  # fmt: skip
     settings, rest = parse_options(argv)
     assert rest == ["model", "--port", "0", "--hf-overrides", '{"a": -1}', "-tp", "2",
@@ -40,11 +40,18 @@ def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
         force_coverage=True,
         map_overrides="o.json",
         cache_dir="cache",
+        fast_paths=frozenset({"rule", "head"}),
     )
 
 
 def test_nothing_given_is_the_default() -> None:
     assert parse_options(["model", "--dtype", "float32"]) == (EngineSettings(), ["model", "--dtype", "float32"])
+
+
+def test_no_fast_path_at_all() -> None:
+    settings, _ = parse_options(["model", "--delta-fast-paths", "none"])
+    assert settings.fast_paths == frozenset()
+    assert EngineSettings.model_validate_json(settings.model_dump_json()) == settings
 
 
 @pytest.mark.parametrize("bounds", [["--strength-bounds", "-1,2"], ["--strength-bounds=-1,2"]])
@@ -67,6 +74,7 @@ def test_bounds_in_one_word(bounds: list[str]) -> None:
         (["m", "--max-deltas", "0"], "greater than or equal to 1"),
         (["m", "--delta-memory", "nan"], "finite"),
         (["m", "--delta-dtype", "int8"], "float32"),
+        (["m", "--delta-fast-paths", "head,warp"], "'overlap'"),
     ],
 )
 def test_mistakes_are_one_sentence(argv: list[str], words: str) -> None:
