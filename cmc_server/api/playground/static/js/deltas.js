@@ -59,10 +59,13 @@ function row(delta, value, onMove, onChange) {
       el("label", { for: slider.id, text: delta.name }),
       el("button", { type: "button", class: "quiet", title: `Back to ${plain(delta.strength)}`, "aria-label": `Reset ${delta.name} to ${plain(delta.strength)}`, click: reset }, "reset"),
       number),
-    delta.description ? el("p", { class: "hint", text: delta.description }) : null,
+    el("p", { class: "hint" }, `${delta.description} `, el("span", { class: "nowrap", text: advice(delta) })),
     el("div", { class: "track" }, ...marks(delta), slider));
   return { delta, slider, number, node };
 }
+
+/** @param {Delta} delta */
+const advice = ({ advised_range: range }) => (range ? `Advised: ${plain(range[0])} to ${plain(range[1])}.` : "");
 
 /** The advised range and a few numbers along the slider. @param {Delta} delta */
 function marks({ strength_bounds: [low, high], advised_range: advised }) {
@@ -77,7 +80,7 @@ function marks({ strength_bounds: [low, high], advised_range: advised }) {
   });
   if (!advised) return ticks;
   const [from, to] = advised;
-  const band = el("span", { class: "advised", title: `Advised: ${plain(from)} to ${plain(to)}` }, el("span", { class: "sr", text: `Advised strengths: ${plain(from)} to ${plain(to)}.` }));
+  const band = el("span", { class: "advised" });
   band.style.insetInlineStart = at(from);
   band.style.inlineSize = `calc(${(to - from) / (high - low)} * (100% - ${THUMB}px))`;
   return [band, ...ticks];

@@ -39,7 +39,7 @@ export function hidePopover() {
 function alternatives(title, list, chosen, kind) {
   const rows = list.map(({ text, logprob }) => {
     const bar = el("i", { "aria-hidden": "true" });
-    bar.style.inlineSize = `${100 * Math.exp(logprob)}%`;
+    bar.style.inlineSize = `calc(${Math.exp(logprob)} * (100% - 4em))`;
     return el("li", { class: text === chosen ? "chosen" : null },
       bar, el("code", { text: visible(text) }), el("span", { text: percent(logprob) }));
   });
@@ -55,7 +55,7 @@ function place(popover, anchor) {
   const { offsetWidth: width, offsetHeight: height } = popover;
   const fitsBelow = box.bottom + GAP + height <= innerHeight || box.top < height + GAP;
   const top = fitsBelow ? box.bottom + GAP : box.top - height - GAP;
-  const left = Math.min(Math.max(GAP, box.left - 24), document.documentElement.clientWidth - width - GAP);
+  const left = Math.min(Math.max(GAP, box.left - 24), document.body.clientWidth - width - GAP);
   popover.style.insetBlockStart = `${top + scrollY}px`;
   popover.style.insetInlineStart = `${left}px`;
 }

@@ -30,7 +30,7 @@ export function startSweep() {
     void sweep();
   });
   byId("sweep-stop").addEventListener("click", () => running?.abort());
-  draw();
+  new ResizeObserver(draw).observe(byId("plot"));
 }
 
 /** The deltas that a sweep can go over. @param {string[]} names */
@@ -70,11 +70,12 @@ async function sweep() {
       await scoreAnswer(now, answer, controller.signal);
       if (running !== controller) return;
       answers.set(next.strength, answer);
-      choose(chosen ?? next.strength);
+      draw();
     }
   };
   try {
     await Promise.all(Array.from({ length: AT_ONCE }, work));
+    if (running === controller && chosen === null) choose(nearest());
     if (running === controller) announce(`The sweep is complete: ${answers.size} strengths.`);
   } catch (error) {
     if (!controller.signal.aborted) {
@@ -87,6 +88,12 @@ async function sweep() {
     running = null;
     byId("sweep-stop").disabled = true;
   }
+}
+
+/** The point nearest to what the slider says. */
+function nearest() {
+  const own = choices().find(({ name }) => name === byId("sweep-delta").value)?.strength ?? 1;
+  return strengths.reduce((best, strength) => (Math.abs(strength - own) < Math.abs(best - own) ? strength : best), strengths[0]);
 }
 
 /** @param {number} strength */
