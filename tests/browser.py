@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 _NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 #: A busy machine of two cores takes its time.
 PATIENCE_MS = 90_000
+expect.set_options(timeout=PATIENCE_MS)
 
 
 def find_chromium() -> str:
@@ -65,10 +66,10 @@ class Visit:
         """Go to the playground and wait until it is ready, with a key if one is needed."""
         self.page.goto(f"{self.url}/")
         if key:
-            expect(self.page.locator("#status-text")).to_have_text("API key needed", timeout=PATIENCE_MS)
+            expect(self.page.locator("#status-text")).to_have_text("API key needed")
             self.page.fill("#key", key)
             self.page.press("#key", "Tab")
-        expect(self.page.locator("#status-text")).to_have_text("Ready", timeout=PATIENCE_MS)
+        expect(self.page.locator("#status-text")).to_have_text("Ready")
         return self.page
 
     def close(self) -> None:
@@ -87,9 +88,7 @@ def ask(page: Page, prompt: str) -> None:
 
 def wait_for_answers(page: Page) -> None:
     """Wait until the last turn is complete and scored."""
-    expect(page.locator(".turn").last.locator(".summary")).to_have_text(
-        re.compile("identical|length"), timeout=PATIENCE_MS
-    )
+    expect(page.locator(".turn").last.locator(".summary")).to_have_text(re.compile("identical|length"))
 
 
 def set_strength(page: Page, name: str, strength: float) -> None:

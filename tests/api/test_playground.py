@@ -48,7 +48,10 @@ def test_files_stay_short(path: str) -> None:
 
 
 def test_what_the_files_name_is_there() -> None:
-    named = {target.removeprefix(PREFIX[1:]) for target in re.findall(r'(?:src|href)="(playground/[^"]+)"', TEXTS["index.html"])}
+    named = {
+        target.removeprefix(PREFIX[1:])
+        for target in re.findall(r'(?:src|href)="(playground/[^"]+)"', TEXTS["index.html"])
+    }
     assert named
     for path, text in TEXTS.items():
         folder = PurePosixPath(path).parent
@@ -83,7 +86,9 @@ def test_the_page_needs_no_key_and_its_headers_bind_it(engine: Engine, deltas: d
     assert client.get(PREFIX + "js/app.js").headers["content-type"] == "text/javascript; charset=utf-8"
 
 
-@pytest.mark.parametrize("path", ["", "js/", "js/nope.js", "../pages.py", "%2e%2e/pages.py", "index.html", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["", "js/", "js/nope.js", "../pages.py", "%2e%2e/pages.py", "index.html", "/etc/passwd"]
+)
 def test_nothing_else_is_served(client: TestClient, path: str) -> None:
     assert client.get(PREFIX + path).status_code == 404
 
