@@ -82,6 +82,7 @@ async function run(turn, side, messages) {
   Object.assign(half, { answer: emptyAnswer(), error: null, deltas: named(chosen) });
   half.label.textContent = side === "base" ? "alone" : half.deltas || "every strength is 0";
   half.node.setAttribute("aria-busy", "true");
+  half.place.style.minBlockSize = `${half.place.offsetHeight}px`; // nothing jumps while the new answer grows
   half.place.replaceChildren(el("p", { class: "waiting", text: "…" }));
   report(turn);
   onState();
@@ -107,6 +108,7 @@ async function run(turn, side, messages) {
 /** @param {Half} half @param {boolean} wasStopped */
 function finish(half, wasStopped) {
   half.node.removeAttribute("aria-busy");
+  half.place.style.minBlockSize = "";
   showAnswer(half.place, half.answer);
   const end = wasStopped ? " · stopped" : half.answer.finish === "length" ? " · cut at the limit" : "";
   half.meta.textContent = half.answer.ids.length ? count(half.answer) + end : wasStopped ? "stopped" : "";

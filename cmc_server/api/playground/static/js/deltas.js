@@ -9,7 +9,7 @@ const STEP = 0.05;
 /** Width of the slider's thumb, as the style sheet has it. */
 const THUMB = 20;
 
-/** @type {Array<{delta: Delta, slider: any, number: any}>} */
+/** @type {Array<{delta: Delta, slider: any, node: any}>} */
 let rows = [];
 
 /**
@@ -61,7 +61,7 @@ function row(delta, value, onMove, onChange) {
       number),
     el("p", { class: "hint" }, `${delta.description} `, el("span", { class: "nowrap", text: advice(delta) })),
     el("div", { class: "track" }, ...marks(delta), slider));
-  return { delta, slider, number, node };
+  return { delta, slider, node };
 }
 
 /** @param {Delta} delta */
