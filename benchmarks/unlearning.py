@@ -149,7 +149,7 @@ def evaluate(work: Path, name: str, user: str, tofu: Path, *more: str | Path) ->
     results = folder / "results.json"
     if folder.exists() and not (results.exists() and json.loads(results.read_text())["finished"]):
         shutil.rmtree(folder)  # an evaluation that was stopped
-    suites = ("--suite", "tofu", "retained", "--tofu", tofu, "--dtype", "bfloat16")
+    suites = ("--suite", "tofu", "retained", "--tofu", tofu, "--dtype", "bfloat16", "--batch-size", "64")
     make(folder, lambda: run("cmc_server", "eval", work / user, *suites, "--output", folder, *more))
     return results
 
