@@ -33,6 +33,7 @@ from benchmark_report import describe_machine, keep
 from numpy.typing import ArrayLike
 
 import cmc_server
+from cmc_server.demo.tofu_models import LEARNING_RATES
 from cmc_server.evaluation.bootstrap import bootstrap_mean
 from cmc_server.evaluation.tofu_data import PACKAGED_TOFU
 
@@ -51,6 +52,8 @@ BASELINES: dict[str, dict[str, Any]] = {
     "lora": {"epochs": 5, "batch_size": 4, "learning_rate": 1.0e-3, "mixed_precision": "bf16"},
     "full": {"epochs": 5, "batch_size": 4, "learning_rate": 2.0e-4, "mixed_precision": "bf16"},
 }
+#: On the baselines' learning rates, in proportion to those with which the LLMs were tuned.
+RATES = {model: rate / max(LEARNING_RATES.values()) for model, rate in LEARNING_RATES.items()}
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 
 
@@ -117,7 +120,8 @@ def train_baseline(work: Path, kind: str, model: str, seed: int) -> None:
         from cmc_server.training.recipes import Recipe
 
         recipe = read_recipe(seed, objective=EVEN)
-        recipe |= {"template": str(work / f"{model}-full"), "optimisation": BASELINES[kind]}
+        optimisation = BASELINES[kind] | {"learning_rate": BASELINES[kind]["learning_rate"] * RATES[model]}
+        recipe |= {"template": str(work / f"{model}-full"), "optimisation": optimisation}
         recipe |= {"checkpoint": {"save_strategy": "no"}}
         lora = LoraConfig(**LORA) if kind == "lora" else None
         tuned = train_llm(Recipe.model_validate(recipe), RECIPES, lora)
