@@ -66,11 +66,33 @@ class DeltaSource(FrozenModel):
         return build(cls, {"name": name, "path": path, "strength": strength})
 
 
+class DeltaDose(FrozenModel):
+    """A loaded delta and how strong it is to be; None is its own strength."""
+
+    name: DeltaName
+    strength: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DeltaDose:
+        """Read ``NAME[@STRENGTH]``.
+
+        Raises:
+            ConfigError: the name is invalid, or no finite number follows the ``@``.
+        """
+        name, at, tail = text.partition("@")
+        strength = _finite(tail) if at else None
+        if at and strength is None:
+            raise ConfigError(f"{text!r} must be written NAME or NAME@STRENGTH.")
+        return build(cls, {"name": name, "strength": strength})
+
+
 class EngineSettings(FrozenModel):
     """What the front door and every worker must agree on.
 
     Args:
         deltas: the deltas to load at start.
+        default_deltas: steer requests that name neither deltas nor the base model's own ``"deltas": []``.
+        required_deltas: steer every request, whatever it names.
         strength_bounds: lowest and highest strength a request may ask for.
         max_deltas_per_request: how many deltas one request may name.
         max_delta_seqs: how many rows may be steered at once; None means the engine's own ``max_num_seqs``.
@@ -86,6 +108,8 @@ class EngineSettings(FrozenModel):
     """
 
     deltas: tuple[DeltaSource, ...] = ()
+    default_deltas: tuple[DeltaDose, ...] = ()
+    required_deltas: tuple[DeltaDose, ...] = ()
     strength_bounds: tuple[float, float] = (-4.0, 4.0)
     max_deltas_per_request: int = Field(default=4, ge=1, le=64)
     max_delta_seqs: int | None = Field(default=None, ge=1)
@@ -107,9 +131,18 @@ class EngineSettings(FrozenModel):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"the delta name {repeated[0]!r} is used more than once")
-        for delta in self.deltas:
+        for option, doses in (("default", self.default_deltas), ("required", self.required_deltas)):
+            for dose in doses:
+                if dose.name not in names:
+                    raise ValueError(f"the {option} delta {dose.name!r} is not among the deltas to load")
+            if len({dose.name for dose in doses}) < len(doses):
+                raise ValueError(f"a {option} delta is named more than once")
+        dosed: tuple[DeltaSource | DeltaDose, ...] = (*self.deltas, *self.default_deltas, *self.required_deltas)
+        for delta in dosed:
             if delta.strength is not None and not low <= delta.strength <= high:
                 raise ValueError(f"the strength of delta {delta.name!r} must lie within {low} and {high}")
+        if any(dose.strength == 0 for dose in self.required_deltas):
+            raise ValueError("a required delta of strength 0 would change nothing")
         return self
 
     @classmethod

@@ -70,6 +70,8 @@ class Catalog:
             is_served=served.__contains__,
             bounds=settings.strength_bounds,
             max_deltas=settings.max_deltas_per_request,
+            defaults=settings.default_deltas,
+            required=settings.required_deltas,
         )
         self._threads = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="cmc-prompt")
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from cmc_server.config import FAST_PATHS, DeltaSource, EngineSettings, build
+from cmc_server.config import FAST_PATHS, DeltaDose, DeltaSource, EngineSettings, build
 from cmc_server.errors import ConfigError
 
 _BOUNDS = "--strength-bounds"
@@ -37,7 +37,8 @@ def parse_options(argv: Sequence[str]) -> tuple[EngineSettings, list[str]]:
     options, rest = parser.parse_known_args(_join_bounds(argv))
     values = vars(options)
     deltas = tuple(DeltaSource.parse(text) for text in values.pop("delta"))
-    return build(EngineSettings, {"deltas": deltas, **values}), rest
+    doses = {key: tuple(map(DeltaDose.parse, values.pop(key))) for key in ("default_deltas", "required_deltas")}
+    return build(EngineSettings, {"deltas": deltas, **doses, **values}), rest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,6 +64,22 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=PATH[@STRENGTH]",
         help="load a delta: folder or hub id, and its strength where a request gives none; repeatable",
+    )
+    add(
+        "--default-delta",
+        action="append",
+        default=[],
+        dest="default_deltas",
+        metavar="NAME[@STRENGTH]",
+        help="steer requests that name no delta and do not ask for the base model either; repeatable",
+    )
+    add(
+        "--require-delta",
+        action="append",
+        default=[],
+        dest="required_deltas",
+        metavar="NAME[@STRENGTH]",
+        help="steer every request, whatever it names; repeatable",
     )
     add(
         "--max-delta-seqs",

@@ -69,9 +69,17 @@ def check_deltas(settings: EngineSettings, model: UserModel) -> Checked:
     overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
     artifacts = [open_delta(source) for source in settings.deltas]
     _check_memory(settings, artifacts, model)
+    _check_required(settings, artifacts)
     lines = [_check(artifact, settings, user, overrides) for artifact in artifacts]
     reserved = pick_reserved_token(user, model.num_logits, _template_tokens(user, tokenizer, model.chat_template))
     return Checked(settings.model_copy(update={"reserved_token_id": reserved}), lines)
+
+
+def _check_required(settings: EngineSettings, artifacts: Sequence[DeltaArtifact]) -> None:
+    strengths = {artifact.name: artifact.strength for artifact in artifacts}
+    for dose in settings.required_deltas:
+        if dose.strength is None and strengths[dose.name] == 0:
+            raise ConfigError(f"The required delta {dose.name!r} has the strength 0; write {dose.name}@STRENGTH.")
 
 
 def _check_memory(settings: EngineSettings, artifacts: Sequence[DeltaArtifact], model: UserModel) -> None:

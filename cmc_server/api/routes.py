@@ -15,6 +15,7 @@ from starlette.datastructures import State
 from cmc_server.api import metrics
 from cmc_server.api.answers import error_body
 from cmc_server.api.catalog import Catalog, ServedDelta
+from cmc_server.api.controls import required_deltas
 from cmc_server.api.middleware import FrontDoor
 from cmc_server.api.model_id import parse_model_id
 from cmc_server.api.openapi import describe_controls
@@ -62,6 +63,7 @@ class DeltaEndpoints:
             engine_client,
             reserved_token_id=settings.reserved_token_id,
             gate=self._gate,
+            required={delta.name: delta.strength for delta in required_deltas(catalog.offer)},
             on_failure=metrics.ERRORS.labels("delta_failed").inc,
             on_shutdown=self._readiness.drain,
         )
