@@ -72,6 +72,8 @@ class DeltaController:
         self._beside = beside if exchange is None else None
         self._ahead: _Ahead | None = None
         self._deltas: dict[str, LoadedDelta] = {}
+        self._kept: dict[tuple[str, str], LoadedDelta] = {}
+        self._retired: set[tuple[str, str]] = set()
         self._requests: dict[int, Request] = {}
         self._cached: dict[LoadedDelta, OrderedDict[int, Stream]] = {}
 
@@ -80,17 +82,42 @@ class DeltaController:
         """The loaded deltas by name."""
         return self._deltas
 
+    @property
+    def kept(self) -> Mapping[tuple[str, str], LoadedDelta]:
+        """Deltas that were replaced or unloaded, by name and version: requests that chose them may still come."""
+        return self._kept
+
+    def num_running(self, delta: LoadedDelta) -> int:
+        """How many requests run on a delta."""
+        return sum(stream.delta is delta for request in self._requests.values() for stream in request.streams)
+
     def load(self, delta: LoadedDelta) -> None:
-        """Make a delta usable under its name. Requests that run on an older one of that name keep theirs."""
+        """Make a delta usable under its name. One that had the name is kept for requests that chose it."""
         self._finish_ahead()
         self._side_stream = None
+        if delta.name in self._deltas:
+            self.unload(delta.name)
         self._deltas[delta.name] = delta
         self._cached.setdefault(delta, OrderedDict())
 
     def unload(self, name: str) -> None:
-        """Forget a delta; requests that run on it keep it."""
+        """Take a delta out of use; it is kept for requests that chose it, until :meth:`retire`."""
         self._finish_ahead()
-        del self._deltas[name]
+        delta = self._deltas.pop(name)
+        self._kept[name, delta.artifact.version] = delta
+
+    def restore(self, name: str, version: str) -> bool:
+        """Make a kept delta usable again; whether there is one of this name and content."""
+        delta = self._kept.pop((name, version), None)
+        self._retired.discard((name, version))
+        if delta is not None:
+            self.load(delta)
+        return delta is not None
+
+    def retire(self, name: str, version: str) -> None:
+        """Forget a kept delta, as soon as no request runs on it."""
+        self._retired.add((name, version))
+        self._forget_retired()
 
     def admit(
         self, slot: int, prompt: Sequence[int] | None, steering: Sequence[Steering], unmapped: Unmapped | None = None
@@ -130,6 +157,8 @@ class DeltaController:
         request = self._requests.pop(slot, None)
         for stream in request.streams if request else ():
             self._drop_cache(stream)
+        if self._retired:
+            self._forget_retired()
 
     def begin(self, slots: Sequence[int], device: torch.device) -> None:
         """Run the deltas of these slots beside whatever the caller does until :meth:`shift`.
@@ -280,6 +309,8 @@ class DeltaController:
 
     def _open(self, prompt: Sequence[int] | None, steering: Steering) -> Stream:
         delta = self._deltas.get(steering.name)
+        if steering.version is not None:
+            delta = self._kept.get((steering.name, steering.version), delta)
         if delta is None:
             raise DeltaRuntimeError(f"delta {steering.name!r} is not loaded")
         if steering.version is not None and steering.version != delta.artifact.version:
@@ -317,6 +348,15 @@ class DeltaController:
             stream.sequence.free()
             stream.sequence, stream.keep = None, 0
             del self._cached[stream.delta][id(stream)]
+
+    def _forget_retired(self) -> None:
+        for key in list(self._retired):
+            delta = self._kept.get(key)
+            if delta is None or not self.num_running(delta):
+                self._retired.discard(key)
+                self._kept.pop(key, None)
+                if delta is not None:
+                    del self._cached[delta]
 
     def _fail(self, request: Request, reason: str) -> None:
         if not request.failed:
