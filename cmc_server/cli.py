@@ -43,6 +43,8 @@ def _run(args: argparse.Namespace) -> int:
         return run_train(args.recipe, args.output, args.template, restart=args.restart)
     if args.verb == "eval":
         return _eval(args)
+    if args.verb == "edit":
+        return _edit(args)
     from cmc_server.delta.report import run_inspect
 
     return run_inspect(args.delta, args.user, args.json)
@@ -60,6 +62,19 @@ def _eval(args: argparse.Namespace) -> int:
         if name in given:
             given[name] = tuple(given[name])
     return run_eval(EvalOptions(**given), args.json)
+
+
+def _edit(args: argparse.Namespace) -> int:
+    from cmc_server.editing.edit_command import run_edit
+    from cmc_server.editing.edit_options import EditOptions
+
+    # What was not given is left to the defaults of the settings and of the method.
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("verb", "json")}
+    values = {name: given.pop(name) for name in EditOptions.method_options() if name in given}
+    for name in ("others", "only", "exclude"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return run_edit(EditOptions(values=values, **given), args.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--restart", action="store_true", help="begin again instead of going on with an unfinished run")
 
     _add_eval(verbs.add_parser("eval", help="measure what a delta does to a user LLM, and write a report"))
+
+    _add_edit(verbs.add_parser("edit", help="edit what training changed in a checkpoint, and measure or pack it"))
 
     inspect = verbs.add_parser("inspect", help="say what a delta is, and how well it fits a user LLM")
     inspect.add_argument("delta", metavar="DELTA", help="folder or hub id of the delta")
@@ -138,4 +155,37 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32 or bfloat16 (float32)")
     parser.add_argument("--device", help="cpu, cuda, ... (cpu)")
     parser.add_argument("--seed", type=int, help="of the bootstrap (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_edit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="folder of the model before training, or the word zero")
+    parser.add_argument("post", metavar="POST", type=Path, help="folder of the model after training")
+    parser.add_argument("--method", required=True, help="dare, magnitude, bitdelta, twin, ties or expo")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--drop", type=float, metavar="P", help="share to drop (0.9; ties 0.8), of singular values: twin"
+    )
+    parser.add_argument("--k", type=float, help="dare: what dropped delta parameters are multiplied by (0)")
+    parser.add_argument("--alpha", type=float, help="expo: above 0 extrapolates, below 0 interpolates (0.3)")
+    parser.add_argument("--rank", type=int, metavar="R", help="twin: singular values to keep instead of --drop")
+    parser.add_argument("--levels", type=int, metavar="M", help="bitdelta: magnitude levels (1)")
+    parser.add_argument("--magnitudes", help="bitdelta: mean, uniform or normal (mean)")
+    parser.add_argument("--granularity", help="bitdelta: scales of a tensor or of each row (tensor; zero base: row)")
+    parser.add_argument("--factor", type=float, metavar="C", help="bitdelta, ties: factor on what is kept (1)")
+    parser.add_argument(
+        "--with", type=Path, action="append", dest="others", metavar="POST", help="ties: one more model to merge"
+    )
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="edit only tensors of such names (*)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="keep tensors of such names as in POST")
+    parser.add_argument("--seed", type=int, help="of random masks and magnitudes (0)")
+    parser.add_argument("--packed", action="store_true", help="bitdelta: store one bit for each weight, and scales")
+    parser.add_argument("--calibrate", type=Path, metavar="DATA", help="bitdelta: train the scales on these texts")
+    parser.add_argument("--calibration-steps", type=int, metavar="N", help="optimiser steps of --calibrate (200)")
+    parser.add_argument("--calibration-rate", type=float, metavar="LR", help="learning rate of --calibrate (1e-4)")
+    parser.add_argument("--analyse", type=Path, metavar="DATA", help="take the loss difference on these texts apart")
+    parser.add_argument("--analyse-examples", type=int, metavar="N", help="use only the first N texts (16)")
+    parser.add_argument("--mask-seeds", type=int, metavar="N", help="seeds for the spread over masks (8)")
+    parser.add_argument("--dry-run", action="store_true", help="do everything but write")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that lies at the output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

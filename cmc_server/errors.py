@@ -6,6 +6,7 @@
     │   ├── DeltaError           a delta artifact that cannot be used
     │   │   └── DeltaNotFoundError
     │   ├── MapError             a vocabulary map that cannot be built, read or used
+    │   ├── EditingError         a checkpoint that cannot be edited, or an edit that cannot be made of it
     │   ├── ControlsError        the steering part of a request
     │   └── CapacityError        a limit fixed at start would be exceeded (HTTP 409)
     └── DeltaRuntimeError        a delta failed inside the engine while a request ran (HTTP 500)
@@ -44,6 +45,10 @@ class DeltaNotFoundError(DeltaError):
 
 class MapError(UserError):
     """A vocabulary map cannot be built, read or used."""
+
+
+class EditingError(UserError):
+    """A checkpoint cannot be edited, or checkpoints do not fit together."""
 
 
 class ControlsError(UserError):

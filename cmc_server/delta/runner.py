@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cmc_server.config import FAST_PATHS, FastPath
 from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
@@ -20,6 +20,7 @@ from cmc_server.delta.blocks import BlockPool, CachedSequence
 from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
 from cmc_server.delta.head import pack_head
 from cmc_server.delta.llama import FastLlama
+from cmc_server.delta.packed import is_packed, load_packed
 from cmc_server.delta.store import DeltaArtifact
 from cmc_server.errors import DeltaError
 
@@ -221,6 +222,8 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
     Raises:
         DeltaError: transformers cannot load it, or a weight is missing or of the wrong shape.
     """
+    if is_packed(artifact.path):
+        return _load_packed_model(artifact, dtype, attention)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             artifact.path,
@@ -238,6 +241,23 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
+
+
+def _load_packed_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The same of a folder with packed weights that are relative to nothing."""
+    weights = load_packed(artifact.path)
+    try:
+        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        missing, unknown = model.load_state_dict(weights, strict=False)
+    except Exception as error:  # see load_model
+        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {error}.") from error
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    faults = [*sorted(set(missing) - tied), *unknown]
+    if faults:
+        raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has one of that name too many.")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def _twins(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:

@@ -178,7 +178,7 @@ def _check_weights(folder: Path) -> dict[Path, int]:
         try:
             with safe_open(path, framework="numpy") as tensors:
                 names = tensors.keys()
-                counts[path] = sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+                counts[path] = sum(_num_values(name, tensors.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise DeltaError(f"{path} is not a valid safetensors file: {error}.") from None
     index = folder / "model.safetensors.index.json"
@@ -188,6 +188,11 @@ def _check_weights(folder: Path) -> dict[Path, int]:
         if missing:
             raise DeltaError(f"{index} names {missing[0]}, which is missing from the delta folder.")
     return counts
+
+
+def _num_values(name: str, shape: Sequence[int]) -> int:
+    # Packed signs (delta/packed.py) hold eight weights in a byte.
+    return math.prod(shape) * (8 if name.endswith(".signs") else 1)
 
 
 def _read_index(index: Path) -> dict[str, str]:

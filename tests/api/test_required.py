@@ -28,7 +28,7 @@ ANYTHING: dict[str, Any] = {
 }
 LIMITS = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4}
 #: Routes that answer without generating anything.
-QUIET = {"/tokenize", "/detokenize", "/v1/messages/count_tokens"}
+QUIET = {"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/ping", "/is_scaling_elastic_ep"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Published algorithms that edit the weights of checkpoints."""

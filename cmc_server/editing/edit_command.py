@@ -1,0 +1,180 @@
+"""``cmc-server edit``: edit what training changed in a checkpoint, and write, measure or pack the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cmc_server import __version__
+from cmc_server.editing.checkpoint import INDEX, Checkpoint
+from cmc_server.editing.dare import edit_intensity
+from cmc_server.editing.edit_options import ZERO, EditOptions
+from cmc_server.editing.methods import BitDelta, Dare
+from cmc_server.editing.packed import PACKED_FILE, write_packed
+from cmc_server.editing.stream import Edit, Sources, write_edited
+from cmc_server.editing.writing import check_output, copy_companions, part_folder, write_provenance
+
+
+def run_edit(options: EditOptions, as_json: bool = False) -> int:
+    """Edit a checkpoint. Progress goes to stderr, the report to stdout.
+
+    Args:
+        options: what to do.
+        as_json: print the report as one JSON object instead of as text.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        EditingError: a checkpoint cannot be read or edited, or the output not be written.
+        ConfigError: data cannot be used.
+    """
+    sources = Sources(
+        base=None if options.zero_base else Checkpoint(Path(options.base)),
+        posts=tuple(Checkpoint(path) for path in (options.post, *options.others)),
+        only=options.only,
+        exclude=options.exclude,
+    )
+    if options.output is not None:
+        check_output(options.output, sources.checkpoints, force=options.force)
+    scales = _scales(options, sources)
+    report = _describe(options, sources)
+    if options.analyse is not None:
+        report["analysis"] = _analyse(options, options.analyse, Edit(sources, options.build(), options.seed, scales))
+    edit = Edit(sources, options.build(), options.seed, scales)
+    if options.dry_run or options.output is None:
+        with _progress(sources, "dry run") as advance:
+            for name in sources.post.names:
+                for piece in edit.tensor(name):
+                    advance(piece.nbytes)
+        report["result"] = _result(edit)
+    else:
+        _write(options, options.output, edit, scales, report)
+    sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n" if as_json else _text(report))
+    return 0
+
+
+def _scales(options: EditOptions, sources: Sources) -> dict[str, torch.Tensor] | None:
+    """The scales of every tensor of a one-bit BitDelta that is packed or calibrated; None for any other edit."""
+    method = options.build()
+    if not isinstance(method, BitDelta) or not (options.packed or options.calibrate):
+        return None
+    edit = Edit(sources, method, options.seed)
+    scales = {name: edit.measure(name) for name in edit.edited_names()}
+    if options.calibrate is None:
+        return scales
+    from cmc_server.editing.calibration import calibrate_scales
+    from cmc_server.editing.texts import read_texts
+
+    return calibrate_scales(
+        edit, scales, read_texts(options.calibrate), options.calibration_steps, options.calibration_rate, options.seed
+    )
+
+
+def _analyse(options: EditOptions, data: Path, edit: Edit) -> dict[str, Any]:
+    from cmc_server.editing.analysis import analyse_edit
+    from cmc_server.editing.texts import read_texts
+
+    return analyse_edit(edit, read_texts(data)[: options.analyse_examples], options.mask_seeds)
+
+
+def _write(
+    options: EditOptions,
+    output: Path,
+    edit: Edit,
+    scales: Mapping[str, torch.Tensor] | None,
+    report: dict[str, Any],
+) -> None:
+    post = edit.sources.post
+    with part_folder(output) as part, _progress(edit.sources, "edit") as advance:
+        copy_companions(post.folder, part)
+        if options.packed and scales is not None:
+            write_packed(edit, scales, part, advance)
+            size = (part / PACKED_FILE).stat().st_size
+            elements = sum(post.stored(name).num_elements for name in post.names)
+            report["packed"] = {"bytes": size, "share_of_float16": size / (2 * elements)}
+        else:
+            write_edited(edit, part, advance)
+            if (post.folder / INDEX).exists():
+                copyfile(post.folder / INDEX, part / INDEX)
+        report["result"] = _result(edit)
+        write_provenance(part, report)
+    report["output"] = str(output)
+
+
+@contextmanager
+def _progress(sources: Sources, label: str) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=sources.post.num_bytes, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def _describe(options: EditOptions, sources: Sources) -> dict[str, Any]:
+    """What is done to what: with the result, the provenance of the output."""
+    method = options.build()
+    described: dict[str, Any] = {
+        "cmc_server": __version__,
+        "method": options.method,
+        "options": method.model_dump(),
+        "base": ZERO if sources.base is None else _identity(sources.base),
+        "post": _identity(sources.post),
+    }
+    if isinstance(method, Dare):
+        described["edit_intensity"] = edit_intensity(method.drop, method.k)
+    if options.others:
+        described["with"] = [_identity(other) for other in sources.posts[1:]]
+    if method.draws or options.calibrate is not None:
+        described["seed"] = options.seed
+    for name in ("only", "exclude"):
+        if getattr(options, name):
+            described[name] = list(getattr(options, name))
+    if options.calibrate is not None:
+        described["calibration"] = {
+            "data": options.calibrate.name,
+            "steps": options.calibration_steps,
+            "learning_rate": options.calibration_rate,
+        }
+    return described
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, str]:
+    return {"folder": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint()}
+
+
+def _result(edit: Edit) -> dict[str, Any]:
+    totals = edit.totals
+    return {
+        "edited_tensors": totals.tensors,
+        "copied_tensors": len(edit.sources.post.names) - totals.tensors,
+        "delta_parameters": totals.elements,
+        "norm_before": math.sqrt(totals.squares_before),
+        "norm_after": math.sqrt(totals.squares_after),
+    }
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    result = report["result"]
+    lines = [
+        f"{report['method']} of {result['edited_tensors']} tensors ({result['copied_tensors']} copied), "
+        f"{result['delta_parameters']:,} delta parameters, norm {result['norm_before']:.6g} before "
+        f"and {result['norm_after']:.6g} after",
+    ]
+    if "edit_intensity" in report:
+        lines.append(f"edit intensity (k - 1)^2 p / (1 - p): {report['edit_intensity']:.4g}")
+    if "packed" in report:
+        packed = report["packed"]
+        lines.append(f"packed into {packed['bytes']:,} bytes, {packed['share_of_float16']:.4f} of float16")
+    if "analysis" in report:
+        from cmc_server.editing.analysis import analysis_table
+
+        lines += ["", *analysis_table(report["analysis"])]
+    lines += ["", f"written to {report['output']}" if "output" in report else "dry run: nothing was written"]
+    return "\n".join(lines) + "\n"

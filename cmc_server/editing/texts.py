@@ -1,0 +1,106 @@
+"""Data that an edit is measured or calibrated on: prompts with responses, or plain texts, from JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cmc_server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Text:
+    """One record.
+
+    Args:
+        prompt: what is given, read as it is, without any chat template; empty for a plain text.
+        answer: what the loss is about; a plain text itself.
+    """
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text in tokens.
+
+    Args:
+        ids: [1, length] int64.
+        first_label: position of the first token that counts, at least 1.
+    """
+
+    ids: Tensor
+    first_label: int
+
+    @property
+    def num_labels(self) -> int:
+        """How many tokens count."""
+        return self.ids.shape[1] - self.first_label
+
+
+def read_texts(path: Path) -> list[Text]:
+    """Read a file with one ``{"prompt": ..., "response": ...}`` or ``{"text": ...}`` a line.
+
+    Raises:
+        ConfigError: it cannot be read, holds no record, or a broken one, which the message names by its line.
+    """
+    try:
+        # Not splitlines(), which also splits at separators that JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The data file {path} cannot be read: {error}.") from None
+    texts = [_text(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not texts:
+        raise ConfigError(f"The data file {path} is empty.")
+    return texts
+
+
+def _text(line: str, place: str) -> Text:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if isinstance(record, Mapping):
+        fields: list[Any] = [record.get("prompt", ""), record.get("response", record.get("text"))]
+        if all(isinstance(field, str) for field in fields) and fields[1].strip():
+            return Text(*fields)
+    raise ConfigError(f'{place}: expected {{"prompt": ..., "response": ...}} or {{"text": ...}}.')
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: Text, max_length: int | None) -> Example:
+    """Tokens of a text: the tokenizer's usual beginning, prompt, answer and, after an answer to a prompt, eos.
+
+    Args:
+        tokenizer: of the model that reads it.
+        text: what to encode.
+        max_length: tokens behind it are cut off.
+
+    Raises:
+        ConfigError: no token is left to predict.
+    """
+    ids = list(tokenizer(text.prompt).input_ids) if text.prompt else _beginning(tokenizer)
+    if ids and ids[-1] == tokenizer.eos_token_id and ids[-1] != tokenizer.bos_token_id:
+        ids.pop()
+    first = max(1, len(ids))
+    ids += tokenizer(text.answer, add_special_tokens=False).input_ids
+    if text.prompt and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    ids = ids[:max_length]
+    if len(ids) <= first:
+        shown = json.dumps(text.answer[:40], ensure_ascii=False)
+        raise ConfigError(f"The text {shown} has no token that the model could predict; leave it out.")
+    return Example(torch.tensor([ids]), first)
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id]
