@@ -103,6 +103,10 @@ class EngineSettings(FrozenModel):
         force_coverage: accept such a delta all the same.
         map_overrides: file with pairs of special tokens, see ``cmc-server map --overrides``.
         cache_dir: folder of the vocabulary maps; None means the default one.
+        live: whether deltas may come and go while the server runs.
+        delta_roots: folders that hold whatever may be loaded then; empty means anywhere.
+        state_file: JSON file with the deltas that came and went, shared by all API processes and read at start.
+        watch_folder: its sub-folders are deltas, loaded and unloaded as they come, change and go.
         reserved_token_id: user token that ends a request whose delta failed; masked for steered rows.
             None (offline use): such a failure raises inside the engine.
     """
@@ -120,6 +124,10 @@ class EngineSettings(FrozenModel):
     force_coverage: bool = False
     map_overrides: str | None = None
     cache_dir: str | None = None
+    live: bool = False
+    delta_roots: tuple[str, ...] = ()
+    state_file: str | None = None
+    watch_folder: str | None = None
     reserved_token_id: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")

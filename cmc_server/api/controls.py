@@ -25,7 +25,7 @@ STEERED_ROUTES: Final = ("/v1/completions", "/v1/chat/completions", "/v1/respons
 #: Where vLLM has its routes that generate; those that can be steered are among them.
 GENERATING: Final = ("/v1/", "/v2/", "/inference/", "/cohere/", "/invocations")
 #: Ends of routes beneath these that generate nothing.
-_HARMLESS: Final = ("/count_tokens", "/cancel", "/render", "/load_lora_adapter", "/unload_lora_adapter", "/deltas")
+_HARMLESS: Final = ("/count_tokens", "/cancel", "/render", "/load_lora_adapter", "/unload_lora_adapter")
 _FLAG: Final = TypeAdapter(bool)
 _COUNT: Final = TypeAdapter(int)
 
@@ -255,7 +255,7 @@ def _refuse_route(route: str, names_any: bool, field: str, offer: Offer) -> None
 
 def generates(route: str) -> bool:
     """Whether vLLM may generate text on a route; said of a few that it may not, and otherwise assumed of all."""
-    return route.startswith(GENERATING) and not route.endswith(_HARMLESS)
+    return route.startswith(GENERATING) and not route.startswith("/v1/deltas") and not route.endswith(_HARMLESS)
 
 
 def required_deltas(offer: Offer) -> tuple[ChosenDelta, ...]:

@@ -11,6 +11,9 @@ from cmc_server.errors import ConfigError
 
 _BOUNDS = "--strength-bounds"
 _EPILOG = """\
+Where the environment variable CMC_SERVER_ADMIN_KEY is set, its holder may load and unload deltas of a running server:
+POST /v1/deltas, DELETE /v1/deltas/NAME.
+
 Every other argument goes to vLLM's own server. To see these:
   cmc-server serve --help=all             every one of them
   cmc-server serve --help=Frontend        one group
@@ -80,6 +83,28 @@ def _parser() -> argparse.ArgumentParser:
         dest="required_deltas",
         metavar="NAME[@STRENGTH]",
         help="steer every request, whatever it names; repeatable",
+    )
+    add(
+        "--delta-root",
+        action="append",
+        default=[],
+        dest="delta_roots",
+        metavar="FOLDER",
+        help="deltas that are loaded while the server runs must lie here (default: anywhere); repeatable",
+    )
+    add(
+        "--delta-state",
+        default=defaults.state_file,
+        dest="state_file",
+        metavar="FILE",
+        help="remember deltas that came and went here, for the next start (default: forget them)",
+    )
+    add(
+        "--watch-deltas",
+        default=defaults.watch_folder,
+        dest="watch_folder",
+        metavar="FOLDER",
+        help="load the sub-folders of FOLDER as deltas of their names, as they come, change and go",
     )
     add(
         "--max-delta-seqs",

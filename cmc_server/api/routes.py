@@ -15,7 +15,9 @@ from starlette.datastructures import State
 from cmc_server.api import metrics
 from cmc_server.api.answers import error_body
 from cmc_server.api.catalog import Catalog, ServedDelta
+from cmc_server.api.changes import Changes, describe_delta
 from cmc_server.api.controls import required_deltas
+from cmc_server.api.live import LiveDeltas
 from cmc_server.api.middleware import FrontDoor
 from cmc_server.api.model_id import parse_model_id
 from cmc_server.api.openapi import describe_controls
@@ -37,6 +39,7 @@ class DeltaEndpoints:
 
     def __init__(self) -> None:
         self._readiness = Readiness()
+        self._changes = Changes(self._readiness)
         self._gate = RowGate(on_waiting=metrics.WAITING_ROWS.set)
 
     def attach_router(self, app: FastAPI) -> None:
@@ -47,6 +50,7 @@ class DeltaEndpoints:
         # Around everything, starlette's own last-resort error handler included.
         app.build_middleware_stack = lambda: AnswerStamp(build())  # type: ignore[method-assign]
         app.include_router(_Routes(self._readiness).router())
+        app.include_router(self._changes.router())
         app.include_router(playground_router())
         describe_controls(app)
 
@@ -73,6 +77,9 @@ class DeltaEndpoints:
                 self._gate.limit = catalog.max_rows = max(1, rows // (args.api_server_count or 1))
 
         await self._readiness.connect(engine_client, catalog, use_rows)
+        if settings.live:
+            live = LiveDeltas(engine_client, catalog, settings, args.tokenizer or args.model, self._readiness.take)
+            self._changes.start(live, settings, several=(args.api_server_count or 1) > 1)
 
 
 def _log_like_vllm() -> None:
@@ -145,26 +152,7 @@ class _Routes:
         return [] if catalog is None else await catalog.served.cards()
 
     def _describe(self, delta: ServedDelta) -> dict[str, Any]:
-        artifact, manifest = delta.artifact, delta.artifact.manifest
-        loaded, catalog = self._readiness.loaded(artifact.name), self._readiness.catalog
-        return {
-            "object": "delta",
-            "name": artifact.name,
-            "version": artifact.version,
-            "state": "loaded" if loaded else "unknown",
-            "strength": artifact.strength,
-            "strength_bounds": None if catalog is None else catalog.offer.bounds,
-            "advised_range": manifest.advised_range,
-            "description": manifest.description,
-            "template_llm": manifest.template_llm,
-            "objective": manifest.objective,
-            "license": manifest.license,
-            "unmapped": manifest.unmapped or "zero",
-            "context_length": artifact.context_length,
-            "vocab_size": artifact.vocab_size,
-            "weight_bytes": artifact.weight_bytes,
-            **{key: loaded.get(key) for key in ("num_parameters", "memory_bytes", "dtype", "coverage", "match")},
-        }
+        return describe_delta(delta, self._readiness)
 
 
 def _card(delta: ServedDelta, base: Mapping[str, Any], model_id: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +112,18 @@ def content_version(folder: Path) -> str:
     Returns:
         12 hex digits; equal for equal content wherever the folder lies.
     """
+    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    return _digest({*weights, *_tokenizer_files(folder), *_named(folder, "config.json", MANIFEST_FILE)})
+
+
+def vocabulary_version(folder: Path) -> str:
+    """The same over those files alone that decide how a delta's tokens are read and spelled."""
+    return _digest(set(_tokenizer_files(folder)))
+
+
+def _digest(files: set[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(_relevant_files(folder)):
+    for path in sorted(files):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 20):
@@ -121,11 +131,13 @@ def content_version(folder: Path) -> str:
     return digest.hexdigest()[:_VERSION_LENGTH]
 
 
-def _relevant_files(folder: Path) -> Iterable[Path]:
-    names = {"config.json", "generation_config.json", MANIFEST_FILE}
-    for path in folder.iterdir():
-        if path.suffix == ".safetensors" or path.name in names or "token" in path.name or path.name == "vocab.txt":
-            yield path
+def _tokenizer_files(folder: Path) -> list[Path]:
+    own = [path for path in folder.iterdir() if "token" in path.name and path.suffix != ".safetensors"]
+    return [*own, *_named(folder, "generation_config.json", "vocab.txt")]
+
+
+def _named(folder: Path, *names: str) -> list[Path]:
+    return [path for name in names if (path := folder / name).is_file()]
 
 
 def _locate(path: str, roots: Sequence[Path]) -> Path:

@@ -8,6 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cmc_server.config import DeltaSource
 from cmc_server.delta.store import DeltaArtifact, open_delta
 from cmc_server.errors import CapacityError, CmcError, DeltaError
@@ -40,6 +43,8 @@ class Shelf:
         needed: bytes that a delta will take.
         budget: bytes for all deltas together.
         beside: the thread that loads.
+        device: where deltas live. On a GPU the rest of the budget is taken at once, so that vLLM, which sizes its own
+            cache by what is free, leaves it; it is handed to the allocator's cache when the first delta comes.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Shelf:
         needed: Callable[[DeltaArtifact], int],
         budget: int,
         beside: Beside,
+        device: torch.device,
     ) -> None:
         self._controller = controller
         self._load = load
@@ -56,6 +62,9 @@ class Shelf:
         self._budget = budget
         self._beside = beside
         self._orders: dict[str, _Order] = {}
+        self._reserve: Tensor | None = None
+        if device.type == "cuda" and budget > self._taken():
+            self._reserve = torch.empty(budget - self._taken(), dtype=torch.uint8, device=device)
 
     def prepare(self, source: DeltaSource, version: str) -> None:
         """Begin to load a delta; one that is still in memory is not loaded again.
@@ -73,6 +82,7 @@ class Shelf:
             raise DeltaError(f"The delta {source.name!r} changed while it was being loaded; try again.")
         num_bytes = self._needed(artifact)
         self._check_room(source.name, num_bytes)
+        self._reserve = None
         self._orders[source.name] = _Order(version, num_bytes, self._beside.start(lambda: self._load(source)))
 
     def state(self, name: str) -> dict[str, Any]:
@@ -107,11 +117,14 @@ class Shelf:
             order.loaded.cancel()
 
     def _check_room(self, name: str, num_bytes: int) -> None:
-        held = [*self._controller.deltas.values(), *self._controller.kept.values()]
-        taken = sum(delta.runner.memory_bytes for delta in held)
-        taken += sum(order.num_bytes for order in self._orders.values())
+        taken = self._taken()
         if taken + num_bytes > self._budget:
             raise CapacityError(
                 f"The delta {name!r} needs {num_bytes / _GIB:.2f} GiB, but of the {self._budget / _GIB:.2f} GiB of "
                 f"--delta-memory {taken / _GIB:.2f} GiB are taken; unload another delta, or give more at the start."
             )
+
+    def _taken(self) -> int:
+        """Bytes of the deltas that are in memory or on their way."""
+        held = [*self._controller.deltas.values(), *self._controller.kept.values()]
+        return sum(delta.runner.memory_bytes for delta in held) + sum(one.num_bytes for one in self._orders.values())
