@@ -26,14 +26,14 @@ from benchmark_report import describe_machine, keep
 from bounds import delta_cost, machine_limits
 from random_models import CONTEXT, write_random_delta
 
-import cmc_server.fusion.controller as controller_module
-from cmc_server.config import DeltaSource, EngineSettings
+import cmc_server.demo
+from cmc_server.config import FAST_PATHS, DeltaSource, EngineSettings, FastPath
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.loaded import load_delta
 from cmc_server.integrations.request_args import ActiveDelta
 from cmc_server.vocab.surface import load_tokenizer, read_generation_config, read_vocabulary
 
-TEXTS = Path(controller_module.__file__).parents[1] / "demo" / "data" / "concise" / "train.jsonl"
+TEXTS = Path(cmc_server.demo.__file__).parent / "data" / "concise" / "train.jsonl"
 PROMPT = 40
 PARTS = ("spelling", "rows", "layers", "head", "rule", "rest")
 WARM_UP = 5
@@ -77,21 +77,22 @@ def user_tokens(user: Path) -> list[int]:
     return ids
 
 
-def measure(user: Path, delta: Path, num_rows: int, tokens: int) -> dict[str, Any]:
+def measure(user: Path, delta: Path, num_rows: int, tokens: int, fast_paths: frozenset[FastPath]) -> dict[str, Any]:
     """Decode ``tokens`` tokens in ``num_rows`` rows."""
     vocabulary = read_vocabulary(load_tokenizer(str(user)), read_generation_config(str(user)))
     source = DeltaSource(name="delta", path=str(delta))
-    loaded = load_delta(source, vocabulary, EngineSettings(), max_seqs=num_rows, device=torch.device("cpu"))
-    controller = DeltaController()
+    settings = EngineSettings(fast_paths=fast_paths)
+    loaded = load_delta(source, vocabulary, settings, max_seqs=num_rows, device=torch.device("cpu"))
+    controller = DeltaController(fast_paths=fast_paths)
     controller.load(loaded)
     clock = Clock()
-    model: Any = loaded.runner._model
-    head = model.get_output_embeddings()
+    runner: Any = loaded.runner
+    steered: Any = controller
+    head = runner._model.get_output_embeddings()
     head.forward = clock.wrap("head", head.forward)
-    model.forward = clock.wrap("model", model.forward)
-    loaded.runner.forward = clock.wrap("forward", loaded.runner.forward)  # type: ignore[method-assign]
-    rule = controller_module.fuse_
-    controller_module.fuse_ = clock.wrap("rule", rule)  # type: ignore[assignment]
+    runner._logits = clock.wrap("model", runner._logits)
+    runner.forward = clock.wrap("forward", runner.forward)
+    steered._apply_rule = clock.wrap("rule", steered._apply_rule)
     advance, shift = clock.wrap("advance", controller.advance), clock.wrap("shift", controller.shift)
     stream = user_tokens(user)
     starts = [row * 997 % (len(stream) - PROMPT - tokens) for row in range(num_rows)]
@@ -103,13 +104,12 @@ def measure(user: Path, delta: Path, num_rows: int, tokens: int) -> dict[str, An
     with torch.inference_mode():
         shift(pairs, logits.clone())  # the prompts
         clock.parts()
-        computed = loaded.runner.num_tokens
+        computed = runner.num_tokens
         for step in range(tokens):
             for row, start in enumerate(starts):
                 advance(row, [stream[start + PROMPT + step]])
             shift(pairs, logits)
             steps.append(clock.parts())
-    controller_module.fuse_ = rule
     medians = {name: statistics.median(step[name] for step in steps[WARM_UP:]) for name in PARTS}
     means = {name: statistics.fmean(step[name] for step in steps[WARM_UP:]) for name in PARTS}
     host = 1e3 * (means["spelling"] + means["rows"] + means["rest"]) / num_rows
@@ -119,7 +119,7 @@ def measure(user: Path, delta: Path, num_rows: int, tokens: int) -> dict[str, An
         | {"all": round(sum(medians.values()), 3)},
         "spelling_microseconds_per_token": round(1e3 * means["spelling"] / num_rows, 1),
         "host_microseconds_per_token": round(host, 1),
-        "delta_tokens_per_token": round((loaded.runner.num_tokens - computed) / (num_rows * tokens), 3),
+        "delta_tokens_per_token": round((runner.num_tokens - computed) / (num_rows * tokens), 3),
     }
 
 
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--delta", type=Path, help="a delta folder, instead of a random delta")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 256])
     parser.add_argument("--tokens", type=int, nargs="+", default=[200], help="lengths of the responses")
+    parser.add_argument("--fast-paths", nargs="*", choices=sorted(FAST_PATHS), default=sorted(FAST_PATHS))
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if (options.template is None) == (options.delta is None):
@@ -143,12 +144,17 @@ def main() -> None:
             for rows in options.rows:
                 flops, moved = delta_cost(delta, rows, min(PROMPT + tokens // 2, CONTEXT))
                 bound = round(1e3 * max(flops / peak, moved / bandwidth), 3)
-                found = {"tokens": tokens, "bound_milliseconds": bound, **measure(options.user, delta, rows, tokens)}
+                found = measure(options.user, delta, rows, tokens, frozenset(options.fast_paths))
+                found = {"tokens": tokens, "bound_milliseconds": bound, **found}
                 print(json.dumps(found))
                 results.append(found)
     report = {"benchmark": "step", "machine": describe_machine("torch", "transformers"), "user": options.user.name}
     report |= {"delta": options.delta.name if options.delta else "7M, random", "results": results}
-    report |= {"gemm_gflops": round(peak / 1e9, 1), "bandwidth_gb_s": round(bandwidth / 1e9, 1)}
+    report |= {
+        "fast_paths": options.fast_paths,
+        "gemm_gflops": round(peak / 1e9, 1),
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+    }
     keep(report, options.output)
 
 

@@ -94,13 +94,13 @@ def test_a_delta_comes_and_goes(server: RunningServer, folders: dict[str, Path])
 
 def test_requests_finish_on_the_version_that_they_chose(server: RunningServer, folders: dict[str, Path]) -> None:
     assert load(server, "x", folders["b"]).status_code == 201
-    by_b = text_of(complete(server, "x", 150))
+    by_b = text_of(complete(server, "x", 60))
     assert load(server, "x", folders["a"]).status_code == 200
-    by_a = text_of(complete(server, "x", 150))
+    by_a = text_of(complete(server, "x", 60))
     assert by_a != by_b
-    body = {"model": "x", "prompt": "The colors are", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
+    body = {"model": "x", "prompt": "The colors are", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
     for change, follows in ((lambda: load(server, "x", folders["b"]), by_b), (lambda: unload(server, "x"), None)):
-        running = text_of(complete(server, "x", 150))
+        running = text_of(complete(server, "x", 60))
         parts: list[str] = []
         with server.http.stream("POST", COMPLETIONS, json={**body, "stream": True}) as stream:
             for line in stream.iter_lines():
@@ -111,7 +111,7 @@ def test_requests_finish_on_the_version_that_they_chose(server: RunningServer, f
                     parts.append("")  # not again
         assert "".join(parts) == running
         if follows is not None:
-            assert text_of(complete(server, "x", 150)) == follows
+            assert text_of(complete(server, "x", 60)) == follows
 
 
 def test_only_the_admin_key_changes_anything(server: RunningServer, folders: dict[str, Path]) -> None:
