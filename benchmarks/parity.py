@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmc_server.config import FAST_PATHS
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,7 +91,9 @@ def answers_of_vllm(args: argparse.Namespace, log: Path) -> Iterator[Answer]:
         num_gpu_blocks_override=args.kv_blocks,
         block_size=32 if args.kv_blocks else None,
         logits_processors=["watched_processor:WatchedProcessor"],
-        additional_config={"cmc_server": {"deltas": [{"name": "delta", "path": str(args.delta)}]}},
+        additional_config={
+            "cmc_server": {"deltas": [{"name": "delta", "path": str(args.delta)}], "fast_paths": args.fast_paths}
+        },
     )
     work = cases(args.prompts, args.strengths)
     params = [
@@ -174,6 +178,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="rows at once")
     parser.add_argument("--batched-tokens", type=int, default=None, help="small values split prompts into chunks")
     parser.add_argument("--kv-blocks", type=int, default=None, help="few blocks of 32 tokens force preemption")
+    parser.add_argument("--fast-paths", nargs="*", default=sorted(FAST_PATHS), help="only these (vLLM engines)")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=512)
     args = parser.parse_args()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_report import describe_machine, keep
-from serving import server
+from servers import OURS, server
 
 from cmc_server.evaluation.bootstrap import bootstrap_mean
 from cmc_server.evaluation.rouge import rouge_l_recall
@@ -68,10 +67,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     sets = read_tofu(limit=options.questions)
-    command = [sys.executable, "-m", "cmc_server", "serve"]
-    extra = ["--delta", f"forget={options.delta.absolute()}", "--dtype", "float32"]
+    extra = ["--delta", f"forget={options.delta.absolute()}", "--dtype", "float32", "--max-model-len", "1024"]
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as logs, server(command, options.user, extra, Path(logs) / "log") as url:
+    with tempfile.TemporaryDirectory() as logs, server(OURS, options.user, extra, Path(logs) / "log") as url:
         for strength in options.strengths:
             results[f"{strength:g}"] = {}
             for name in SETS:

@@ -1,229 +1,192 @@
-"""Output tokens per second through HTTP: plain vLLM, base traffic beside loaded deltas, and steered traffic.
+"""Throughput and latency through HTTP: base traffic, one and two deltas, mixed traffic, and vLLM's LoRA.
 
-    python benchmarks/serving.py --user USER_LLM --delta DELTA [--concurrent 1 8 32 --pairs 15 --tokens 64]
+    python benchmarks/serving.py --user USER_LLM [--template TEMPLATE_LLM] [--concurrent 1 8 32 --pairs 15 --tokens 64]
+    python benchmarks/serving.py --user USER_LLM --kinds base delta --concurrent 8 --tokens 2000 --pairs 3
 
-Two servers run at once, plain vLLM and ours with the delta loaded, and are asked in turn, so that each pair of figures
-is taken within seconds. The bound: t_base / (t_base + max(delta FLOPs / GEMM peak, delta bytes / bandwidth)) per step,
-with peak and bandwidth measured in this run on as many threads as vLLM's worker uses. The last line is one JSON object.
+Up to three servers run at once and are asked in turn, in a new order in each round, so that every pair of figures is
+taken within seconds of each other: plain vLLM, ours with two deltas loaded, and vLLM with a LoRA adapter of rank 8 on
+all linear layers. Deltas (7 million weights, vocabulary of the template LLM, which is the user LLM unless given) and
+adapter have random weights. All requests of a round are sent at once and stream.
+
+kinds: plain (vLLM), base (ours, no delta), delta, two (deltas), mixed (every second request has a delta), lora
+
+The bound: t_base / (t_base + max(delta FLOPs / GEMM peak, delta bytes / bandwidth)) per step, peak and bandwidth
+measured in this run on as many threads as vLLM's worker uses. It supposes that a delta waits for the user LLM; where a
+core is to spare the two run at once, and the bound can be passed. Prints a line for each number of concurrent requests
+and kind and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 from benchmark_report import describe_machine, keep
+from bounds import delta_cost, interval, machine_limits
+from random_models import write_random_delta, write_random_lora
+from servers import OURS, PLAIN_VLLM, server
 
-PLAIN_VLLM = """
-import sys
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-command = ServeSubcommand()
-parser = FlexibleArgumentParser()
-command.subparser_init(parser.add_subparsers(dest="subparser"))
-arguments = parser.parse_args(["serve", *sys.argv[1:]])
-command.validate(arguments)
-command.cmd(arguments)
-"""
 PROMPT = "Tell me everything that you know about number {number}, from the beginning to the end, in your own words."
-KINDS = ("plain", "base", "delta")
+PROMPT_TOKENS = 30
+KINDS = ("plain", "base", "delta", "two", "mixed", "lora")
+#: How many deltas run on a row, on average.
+DELTAS_PER_ROW = {"delta": 1.0, "two": 2.0, "mixed": 0.5}
 
 
-@contextmanager
-def server(command: Sequence[str], user: Path, extra: Sequence[str], log: Path) -> Iterator[str]:
-    """A running server; its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [*command, str(user), "--port", str(port), "--served-model-name", "user", "--max-num-seqs", "32"]
-    words += ["--max-model-len", "1024", "--no-enable-prefix-caching", "--disable-uvicorn-access-log", *extra]
-    with log.open("w") as stream:
-        process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended while it started; see {log}\n{log.read_text()[-2000:]}")
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
+@dataclass(frozen=True)
+class Round:
+    """One round of requests: output tokens per second, seconds to first tokens, seconds between tokens."""
+
+    throughput: float
+    first: list[float]
+    between: list[float]
 
 
-async def throughput(url: str, body: dict[str, Any], concurrent: int, tokens: int) -> float:
-    """Output tokens per second of ``concurrent`` requests sent at once."""
-    from openai import AsyncOpenAI
+async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[list[float], int]:
+    """When each part of a streamed completion came, and how many tokens it had."""
+    times, counted = [], 0
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith('data: {"'):
+                times.append(time.perf_counter())
+                if '"usage":{' in line:
+                    counted = json.loads(line[6:])["usage"]["completion_tokens"]
+    return times[:-1], counted  # the last part holds the usage alone
 
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-        prompts = [PROMPT.format(number=random.randrange(10**6)) for _ in range(concurrent)]
+
+async def play(url: str, extras: Sequence[dict[str, Any]], tokens: int) -> Round:
+    """Send one request for each of ``extras`` at once."""
+    shared = {"model": "user", "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    shared |= {"stream_options": {"include_usage": True}}
+    prompts = [PROMPT.format(number=random.randrange(10**6)) for _ in extras]
+    async with httpx.AsyncClient(base_url=url, timeout=1800) as client:
+        bodies = [shared | {"prompt": prompt} | extra for prompt, extra in zip(prompts, extras, strict=True)]
         began = time.perf_counter()
-        answers = await asyncio.gather(
-            *(
-                client.completions.create(
-                    model="user",
-                    prompt=prompt,
-                    max_tokens=tokens,
-                    temperature=0,
-                    extra_body={"ignore_eos": True, **body},
-                )
-                for prompt in prompts
-            )
-        )
+        answers = await asyncio.gather(*(ask(client, body) for body in bodies))
         seconds = time.perf_counter() - began
-    counted = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
-    if counted != concurrent * tokens:
-        raise SystemExit(f"expected {concurrent * tokens} tokens, got {counted}")
-    return counted / seconds
+    if any(counted != tokens for _, counted in answers):
+        raise SystemExit(f"expected {tokens} tokens each, got {[counted for _, counted in answers]}")
+    between = [late - early for times, _ in answers for early, late in pairwise(times)]
+    return Round(len(extras) * tokens / seconds, [times[0] - began for times, _ in answers], between)
 
 
-def machine_limits(threads: int) -> tuple[float, float]:
-    """GEMM peak in FLOP/s and copy bandwidth in bytes/s, float32, best of several."""
-    import torch
-
-    torch.set_num_threads(threads)
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    source = torch.zeros(64 * 2**20)
-    target = torch.empty_like(source)
-
-    def best(action: Any) -> float:
-        times = []
-        for _ in range(8):
-            began = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    peak = 2 * 1024**3 / best(lambda: torch.mm(left, right))
-    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
-    return peak, bandwidth
+def extras(kind: str, concurrent: int) -> list[dict[str, Any]]:
+    """What each request of a round has besides its prompt."""
+    names = ["delta", "second"] if kind == "two" else ["delta"]
+    steered = {"cmc": {"deltas": [{"name": name, "strength": 0.5} for name in names], "unmapped": "zero"}}
+    if kind == "lora":
+        return [{"model": "lora"}] * concurrent
+    if kind in ("plain", "base"):
+        return [{}] * concurrent
+    # A single request of mixed traffic has the delta.
+    return [{} if kind == "mixed" and number % 2 else steered for number in range(concurrent)]
 
 
-def delta_cost(delta: Path, rows: int, context: int) -> tuple[float, float]:
-    """FLOPs and bytes of one step of a delta: every weight once (embeddings only as the output head), and the cache."""
-    from transformers import AutoConfig
-
-    from cmc_server.delta.capacity import cache_shape
-
-    config = AutoConfig.from_pretrained(delta)
-    layers, heads, head_size = cache_shape(config)
-    queries = config.num_attention_heads * head_size
-    per_layer = config.hidden_size * (2 * queries + 2 * heads * head_size + 3 * config.intermediate_size)
-    weights = layers * per_layer + config.hidden_size * config.vocab_size
-    flops = 2 * weights * rows + layers * 4 * queries * context * rows
-    cached = 2 * layers * heads * head_size * context * rows
-    return float(flops), 4.0 * (weights + cached)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the median."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
-    return round(medians[50], 4), round(medians[1949], 4)
-
-
-def measure(args: argparse.Namespace, plain: str, ours: str, limits: tuple[float, float]) -> list[dict[str, Any]]:
-    steered = {"cmc": {"deltas": [{"name": "delta", "strength": 1.0}], "unmapped": "zero"}}
-    targets = {"plain": (plain, {}), "base": (ours, {}), "delta": (ours, steered)}
-    results = []
-    for concurrent in args.concurrent:
-        rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for number in range(args.pairs + 1):  # the first round warms up
-            for kind in random.sample(KINDS, len(KINDS)):
-                rate = asyncio.run(throughput(*targets[kind], concurrent, args.tokens))
+def measure(
+    options: argparse.Namespace, urls: dict[str, str], delta: Path, limits: tuple[float, float]
+) -> Iterator[dict[str, Any]]:
+    """For each number of concurrent requests the figures of every kind."""
+    for concurrent in options.concurrent:
+        rounds: dict[str, list[Round]] = {kind: [] for kind in options.kinds}
+        for number in range(options.pairs + 1):  # the first round warms up
+            for kind in random.sample(options.kinds, len(options.kinds)):
+                played = asyncio.run(play(urls[kind], extras(kind, concurrent), options.tokens))
                 if number:
-                    rates[kind].append(rate)
-            print(f"{concurrent} concurrent, round {number} of {args.pairs}", file=sys.stderr)
-        results.append(summary(args, concurrent, rates, limits))
-    return results
+                    rounds[kind].append(played)
+            print(f"{concurrent} concurrent, round {number} of {options.pairs}", file=sys.stderr)
+        flops, moved = delta_cost(delta, concurrent, PROMPT_TOKENS + options.tokens // 2)
+        cost = max(flops / limits[0], moved / limits[1])
+        yield {"concurrent": concurrent, "delta_milliseconds": round(1e3 * cost, 2)} | summarise(
+            rounds, concurrent, cost
+        )
 
 
-def summary(
-    args: argparse.Namespace, concurrent: int, rates: dict[str, list[float]], limits: tuple[float, float]
-) -> dict[str, Any]:
-    medians = {kind: round(statistics.median(values), 1) for kind, values in rates.items()}
-    flops, moved = delta_cost(args.delta, concurrent, 30 + args.tokens // 2)
-    base_step = concurrent / medians["base"]
-    bound = base_step / (base_step + max(flops / limits[0], moved / limits[1]))
-    with_delta = [delta / base for delta, base in zip(rates["delta"], rates["base"], strict=True)]
-    loaded = [base / plain for base, plain in zip(rates["base"], rates["plain"], strict=True)]
-    result = {
-        "concurrent": concurrent,
-        "tokens_per_second": medians,
-        "bound_of_delta_over_base": round(bound, 4),
-        "delta_over_base": {"median": round(statistics.median(with_delta), 4), "interval": interval(with_delta)},
-        "base_over_plain_vllm": {"median": round(statistics.median(loaded), 4), "interval": interval(loaded)},
-    }
-    ratio = result["delta_over_base"]
-    print(
-        f"{concurrent:>3} concurrent: bound {bound:.3f}, delta/base {ratio['median']:.3f} {ratio['interval']}, "
-        f"base/plain {result['base_over_plain_vllm']['median']:.3f}, tokens/s {medians}"
-    )
-    return result
+def summarise(rounds: dict[str, list[Round]], concurrent: int, cost: float) -> dict[str, Any]:
+    """Medians, ratios of pairs with their intervals, and the bounds; ``cost`` is seconds of one delta's step."""
+    found: dict[str, Any] = {}
+    base_kind = "base" if "base" in rounds else "plain"
+    step = concurrent / statistics.median(one.throughput for one in rounds[base_kind])
+    for kind, played in rounds.items():
+        between = sorted(gap for one in played for gap in one.between)
+        found[kind] = {
+            "tokens_per_second": round(statistics.median(one.throughput for one in played), 1),
+            "first_token_ms": round(1e3 * statistics.median(first for one in played for first in one.first), 1),
+            "between_tokens_ms_p50": round(1e3 * between[len(between) // 2], 1),
+            "between_tokens_ms_p99": round(1e3 * between[int(0.99 * len(between))], 1),
+        }
+        against = "plain" if kind in ("base", "lora") and "plain" in rounds else base_kind
+        if kind != against:
+            ratios = [one.throughput / other.throughput for one, other in zip(played, rounds[against], strict=True)]
+            found[kind] |= {f"over_{against}": round(statistics.median(ratios), 4), "interval": interval(ratios)}
+        if kind in DELTAS_PER_ROW:
+            share = 1.0 if kind == "mixed" and concurrent == 1 else DELTAS_PER_ROW[kind]
+            found[kind]["bound"] = round(step / (step + share * cost), 4)
+        print(f"{concurrent:>3} concurrent, {kind}: {json.dumps(found[kind])}")
+    return found
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--user", type=Path, required=True)
-    parser.add_argument("--delta", type=Path, required=True)
+    parser.add_argument("--template", type=Path, help="LLM whose vocabulary the deltas have (default: the user LLM)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--output", type=Path, help="also write the report here")
+    parser.add_argument("--ours", nargs="*", default=[], help="more arguments of our server, without their dashes")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=["--enforce-eager"], help="more server arguments")
-    args = parser.parse_args()
+    options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    limits = machine_limits(options.threads)
+    print(f"GEMM peak {limits[0] / 1e9:.1f} GFLOP/s, bandwidth {limits[1] / 1e9:.1f} GB/s on {options.threads} threads")
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        template = options.template or options.user
+        deltas = [
+            write_random_delta(folder / name, template, seed=seed) for seed, name in enumerate(("delta", "second"))
+        ]
+        ours = [word for path in deltas for word in ("--delta", f"{path.name}={path}")]
+        ours += [f"--{word}" for word in options.ours]
+        shared = ["--max-num-seqs", str(max(options.concurrent)), "--max-model-len", str(max(1024, 2 * options.tokens))]
+        shared += options.serve
 
-    limits = machine_limits(args.threads)
-    print(f"GEMM peak {limits[0] / 1e9:.1f} GFLOP/s, bandwidth {limits[1] / 1e9:.1f} GB/s on {args.threads} threads")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        logs = Path(folder)
-        plain = stack.enter_context(
-            server([sys.executable, "-c", PLAIN_VLLM], args.user, args.serve, logs / "plain.log")
-        )
-        ours = stack.enter_context(
-            server(
-                [sys.executable, "-m", "cmc_server", "serve"],
-                args.user,
-                [*args.serve, "--delta", f"delta={args.delta}"],
-                logs / "ours.log",
-            )
-        )
-        results = measure(args, plain, ours, limits)
-    report = {
-        "benchmark": "serving",
-        "machine": describe_machine("torch", "transformers"),
-        "user": args.user.name,
-        "delta": args.delta.name,
-        "tokens": args.tokens,
-        "pairs": args.pairs,
-        "results": results,
-        "gemm_gflops": round(limits[0] / 1e9, 1),
-        "bandwidth_gb_s": round(limits[1] / 1e9, 1),
-        "threads": args.threads,
-    }
-    keep(report, args.output)
-    return 0
+        def start(command: Sequence[str], more: Sequence[str], log: str) -> str:
+            return stack.enter_context(server(command, options.user, [*shared, *more], folder / log))
+
+        urls = {}
+        if "plain" in options.kinds:
+            urls["plain"] = start(PLAIN_VLLM, [], "plain.log")
+        if set(options.kinds) - {"plain", "lora"}:
+            url = start(OURS, ours, "ours.log")
+            urls |= dict.fromkeys(("base", "delta", "two", "mixed"), url)
+        if "lora" in options.kinds:
+            adapter = write_random_lora(folder / "lora", options.user)
+            lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"lora={adapter}"]
+            urls["lora"] = start(PLAIN_VLLM, lora, "lora.log")
+        results = list(measure(options, urls, deltas[0], limits))
+    report = {"benchmark": "serving", "machine": describe_machine("torch", "transformers", "vllm-cpu")}
+    report |= {"user": options.user.name, "template": template.name, "tokens": options.tokens, "pairs": options.pairs}
+    report |= {"ours": options.ours, "serve": options.serve, "threads": options.threads, "results": results}
+    report |= {"gemm_gflops": round(limits[0] / 1e9, 1), "bandwidth_gb_s": round(limits[1] / 1e9, 1)}
+    keep(report, options.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -33,6 +33,7 @@ from benchmark_report import describe_machine, keep
 from numpy.typing import ArrayLike
 
 import cmc_server
+from cmc_server.demo.tofu_models import LEARNING_RATES
 from cmc_server.evaluation.bootstrap import bootstrap_mean
 from cmc_server.evaluation.tofu_data import PACKAGED_TOFU
 
@@ -43,12 +44,16 @@ STEPS = ("tune", "delta", "narrow", "lora", "full", "evaluate")
 #: What each delta changes in the shipped recipe.
 NARROW = {"file": "../data/tofu/retain_perturbed.json", "columns": {"prompt": "question", "response": "answer"}}
 GRAD_DIFF = {"name": "grad_diff", "retain_weight": 3.0, "forget_bound": 8.0}
+#: Of the baselines: with the weight 3 they forgot next to nothing.
+EVEN = GRAD_DIFF | {"retain_weight": 1.0}
 DELTAS: dict[str, dict[str, Any]] = {"delta": {}, "narrow": {"retain": NARROW, "objective": GRAD_DIFF}}
 #: Each baseline's learning rate and epochs; the data are those of the delta, the objective is gradient difference.
 BASELINES: dict[str, dict[str, Any]] = {
-    "lora": {"epochs": 10, "batch_size": 4, "learning_rate": 5.0e-4, "mixed_precision": "bf16"},
-    "full": {"epochs": 5, "batch_size": 4, "learning_rate": 2.0e-5, "mixed_precision": "bf16"},
+    "lora": {"epochs": 5, "batch_size": 4, "learning_rate": 1.0e-3, "mixed_precision": "bf16"},
+    "full": {"epochs": 5, "batch_size": 4, "learning_rate": 2.0e-4, "mixed_precision": "bf16"},
 }
+#: On the baselines' learning rates, in proportion to those with which the LLMs were tuned.
+RATES = {model: rate / max(LEARNING_RATES.values()) for model, rate in LEARNING_RATES.items()}
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 
 
@@ -114,8 +119,9 @@ def train_baseline(work: Path, kind: str, model: str, seed: int) -> None:
         from cmc_server.training.direct import train_llm
         from cmc_server.training.recipes import Recipe
 
-        recipe = read_recipe(seed, objective=GRAD_DIFF)
-        recipe |= {"template": str(work / f"{model}-full"), "optimisation": BASELINES[kind]}
+        recipe = read_recipe(seed, objective=EVEN)
+        optimisation = BASELINES[kind] | {"learning_rate": BASELINES[kind]["learning_rate"] * RATES[model]}
+        recipe |= {"template": str(work / f"{model}-full"), "optimisation": optimisation}
         recipe |= {"checkpoint": {"save_strategy": "no"}}
         lora = LoraConfig(**LORA) if kind == "lora" else None
         tuned = train_llm(Recipe.model_validate(recipe), RECIPES, lora)
@@ -147,7 +153,7 @@ def evaluate(work: Path, name: str, user: str, tofu: Path, *more: str | Path) ->
     results = folder / "results.json"
     if folder.exists() and not (results.exists() and json.loads(results.read_text())["finished"]):
         shutil.rmtree(folder)  # an evaluation that was stopped
-    suites = ("--suite", "tofu", "retained", "--tofu", tofu, "--dtype", "bfloat16")
+    suites = ("--suite", "tofu", "retained", "--tofu", tofu, "--dtype", "bfloat16", "--batch-size", "64")
     make(folder, lambda: run("cmc_server", "eval", work / user, *suites, "--output", folder, *more))
     return results
 

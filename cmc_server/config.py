@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,11 @@ from cmc_server.errors import ConfigError
 ADDITIONAL_CONFIG_KEY = "cmc_server"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Unmapped = Literal["zero", "preserve"]
+FastPath = Literal["head", "layers", "overlap", "rule", "sharing", "spelling"]
+#: Each has a slow, obvious equal that runs when it is switched off.
+#: head: packed output heads (CPU). layers: Llamas in few operations. overlap: deltas beside the user LLM. rule: without
+#: copies of the logits. sharing: equal beginnings computed once. spelling: only what is new.
+FAST_PATHS: frozenset[FastPath] = frozenset(get_args(FastPath))
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -61,34 +66,68 @@ class DeltaSource(FrozenModel):
         return build(cls, {"name": name, "path": path, "strength": strength})
 
 
+class DeltaDose(FrozenModel):
+    """A loaded delta and how strong it is to be; None is its own strength."""
+
+    name: DeltaName
+    strength: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DeltaDose:
+        """Read ``NAME[@STRENGTH]``.
+
+        Raises:
+            ConfigError: the name is invalid, or no finite number follows the ``@``.
+        """
+        name, at, tail = text.partition("@")
+        strength = _finite(tail) if at else None
+        if at and strength is None:
+            raise ConfigError(f"{text!r} must be written NAME or NAME@STRENGTH.")
+        return build(cls, {"name": name, "strength": strength})
+
+
 class EngineSettings(FrozenModel):
     """What the front door and every worker must agree on.
 
     Args:
         deltas: the deltas to load at start.
+        default_deltas: steer requests that name neither deltas nor the base model's own ``"deltas": []``.
+        required_deltas: steer every request, whatever it names.
         strength_bounds: lowest and highest strength a request may ask for.
         max_deltas_per_request: how many deltas one request may name.
         max_delta_seqs: how many rows may be steered at once; None means the engine's own ``max_num_seqs``.
         delta_memory: GiB for the deltas' weights and key-value cache together.
         delta_dtype: computing type of the deltas. ``auto`` is float32 on a CPU and bfloat16 on a GPU.
+        fast_paths: those that are on, to find out whether one of them is at fault.
         min_coverage: below this share of mapped ordinary tokens a delta is refused.
         force_coverage: accept such a delta all the same.
         map_overrides: file with pairs of special tokens, see ``cmc-server map --overrides``.
         cache_dir: folder of the vocabulary maps; None means the default one.
+        live: whether deltas may come and go while the server runs.
+        delta_roots: folders that hold whatever may be loaded then; empty means anywhere.
+        state_file: JSON file with the deltas that came and went, shared by all API processes and read at start.
+        watch_folder: its sub-folders are deltas, loaded and unloaded as they come, change and go.
         reserved_token_id: user token that ends a request whose delta failed; masked for steered rows.
             None (offline use): such a failure raises inside the engine.
     """
 
     deltas: tuple[DeltaSource, ...] = ()
+    default_deltas: tuple[DeltaDose, ...] = ()
+    required_deltas: tuple[DeltaDose, ...] = ()
     strength_bounds: tuple[float, float] = (-4.0, 4.0)
     max_deltas_per_request: int = Field(default=4, ge=1, le=64)
     max_delta_seqs: int | None = Field(default=None, ge=1)
     delta_memory: float = Field(default=4.0, gt=0)
     delta_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    fast_paths: frozenset[FastPath] = FAST_PATHS
     min_coverage: float = Field(default=0.5, ge=0, le=1)
     force_coverage: bool = False
     map_overrides: str | None = None
     cache_dir: str | None = None
+    live: bool = False
+    delta_roots: tuple[str, ...] = ()
+    state_file: str | None = None
+    watch_folder: str | None = None
     reserved_token_id: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
@@ -100,9 +139,18 @@ class EngineSettings(FrozenModel):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"the delta name {repeated[0]!r} is used more than once")
-        for delta in self.deltas:
+        for option, doses in (("default", self.default_deltas), ("required", self.required_deltas)):
+            for dose in doses:
+                if dose.name not in names:
+                    raise ValueError(f"the {option} delta {dose.name!r} is not among the deltas to load")
+            if len({dose.name for dose in doses}) < len(doses):
+                raise ValueError(f"a {option} delta is named more than once")
+        dosed: tuple[DeltaSource | DeltaDose, ...] = (*self.deltas, *self.default_deltas, *self.required_deltas)
+        for delta in dosed:
             if delta.strength is not None and not low <= delta.strength <= high:
                 raise ValueError(f"the strength of delta {delta.name!r} must lie within {low} and {high}")
+        if any(dose.strength == 0 for dose in self.required_deltas):
+            raise ValueError("a required delta of strength 0 would change nothing")
         return self
 
     @classmethod

@@ -6,6 +6,8 @@
 # --dev                  also installs the tools of deploy/test.sh
 # PYTHON                 the Python to use (3.11 to 3.14); by default the first one found
 # CMC_SERVER_ENGINE      gpu or cpu; by default gpu where nvidia-smi lists a GPU
+# CMC_SERVER_CHROMIUM    with --dev, the browser of the playground's tests; by default chromium, which is installed where
+#                        it is missing and this runs as root on Debian
 # CMC_SERVER_TORCH_INDEX where to look for PyTorch's CPU build if the package index at hand has none
 #
 # A second run with nothing to do ends at once.
@@ -96,6 +98,19 @@ install_engine() {
     pip_install --no-deps --no-build-isolation --editable "$repo"
 }
 
+# The tests of the playground look at it in a browser.
+install_chromium() {
+    local name
+    for name in "${CMC_SERVER_CHROMIUM:-chromium}" chromium-browser google-chrome-stable google-chrome; do
+        command -v "$name" >/dev/null && return
+    done
+    if ((EUID == 0)) && command -v apt-get >/dev/null; then
+        say "installing Chromium with apt-get"
+        { apt-get update && apt-get install --yes --no-install-recommends chromium; } >&2 && return
+    fi
+    say "warning: no Chromium was found, and the playground's tests need it (Debian: apt install chromium)"
+}
+
 pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >&2; }
 
 dev=false
@@ -131,5 +146,6 @@ if $dev; then
         pip_install --requirement "$repo/deploy/requirements-dev.txt"
         echo "$wanted" >"$stamp-dev"
     fi
+    install_chromium
 fi
 say "installed in $venv ($engine engine)"

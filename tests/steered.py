@@ -10,7 +10,7 @@ import torch
 from tiny_models import make_delta
 from transformers import PreTrainedTokenizerBase
 
-from cmc_server.config import DeltaSource, EngineSettings
+from cmc_server.config import FAST_PATHS, DeltaSource, EngineSettings, FastPath
 from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.fusion.loaded import load_delta
 from cmc_server.vocab.surface import Vocabulary, load_vocabulary
@@ -30,9 +30,12 @@ class Steered:
     def vocabulary(self) -> Vocabulary:
         return load_vocabulary(str(self.user))
 
-    def load(self, name: str, max_seqs: int = 8):  # type: ignore[no-untyped-def]
+    def load(  # type: ignore[no-untyped-def]
+        self, name: str, max_seqs: int = 8, fast_paths: frozenset[FastPath] = FAST_PATHS
+    ):
         source = DeltaSource(name=name, path=str(self.deltas[name]))
-        return load_delta(source, self.vocabulary, SETTINGS, max_seqs=max_seqs, device=CPU)
+        settings = SETTINGS.model_copy(update={"fast_paths": fast_paths})
+        return load_delta(source, self.vocabulary, settings, max_seqs=max_seqs, device=CPU)
 
 
 def make_steered(folder: Path, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> Steered:

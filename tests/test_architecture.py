@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "api": {"errors", "config", "vocab", "delta", "integrations"},
 }
 LAZY = {"cli", "__main__", "demo"}
-DELTA_WITH_TORCH = {"attention", "runner", "graphs", "packed"}
+DELTA_WITH_TORCH = {"attention", "head", "llama", "packed", "runner"}
 ONLY_IN = {"vllm": {"integrations", "api"}, "fastapi": {"api"}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from dockerfile import Instruction, arguments, replay, stages
+from env_sample import ENV_EXAMPLE, sample
+from serve_arguments import parse_serve, vllm_variables
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "Dockerfile"
 COMPOSE = ROOT / "docker-compose.yml"
-ENV_EXAMPLE = ROOT / "deploy" / "env.example"
 
 each_stage = pytest.mark.parametrize("stage", ["cpu", "gpu"])
 
@@ -91,22 +93,63 @@ def test_compose_starts_the_gpu_service_alone_by_default() -> None:
 def test_compose_service(name: str, target: str) -> None:
     service = services()[name]
     assert service["build"]["target"] == target
-    assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
     mounts = {volume.rpartition(":/")[2]: volume for volume in service["volumes"]}
     assert set(mounts) == {"cache", "deltas:ro", "models:ro"}
     assert mounts["cache"] == "cache:/cache"
+    assert service["tmpfs"] == ["/tmp:exec,mode=1777"], "what is compiled there must be loadable from there"
     assert service["ports"][0].startswith("${CMC_SERVER_BIND:-127.0.0.1}")
     image_check = only(stages(DOCKERFILE)[target], "HEALTHCHECK").value.partition(" CMD ")[2]
     assert service["healthcheck"]["test"] == ["CMD", *json.loads(image_check)]
 
 
-def test_sample_settings_name_every_variable_of_the_compose_file() -> None:
+@pytest.mark.parametrize("name", ["server", "server-cpu"])
+def test_compose_service_starts_with_arguments_that_the_server_knows(name: str) -> None:
+    service = services()[name]
+    settings, arguments = parse_serve(shlex.split(interpolated(service["command"])))
+    (delta,) = settings.deltas
+    assert (ROOT / Path(delta.path).relative_to("/opt/cmc-server") / "config.json").exists()
+    (port,) = service["ports"]
+    assert interpolated(port) == f"127.0.0.1:8000:{arguments.port}"
+    assert str(arguments.port) == only(stages(DOCKERFILE)["gpu"], "EXPOSE").value
+    assert seconds(service["stop_grace_period"]) >= arguments.shutdown_timeout + 20
+
+
+def test_compose_services_are_hardened() -> None:
+    for service in services().values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["restart"] == "unless-stopped"
+        assert all(re.match(r"\$\{\w+_BIND:-127\.0\.0\.1\}:", port) for port in service.get("ports", []))
+
+
+def test_sample_settings_are_complete_and_each_is_used() -> None:
     used = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text("utf-8")))
-    lines = ENV_EXAMPLE.read_text("utf-8").splitlines()
-    given = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
-    assert used <= given
-    assert {"VLLM_API_KEY", "HF_TOKEN"}.isdisjoint(given), "secrets are only hinted at"
+    unit = (ROOT / "deploy" / "systemd" / "cmc-server.service").read_text("utf-8")
+    assert used | set(re.findall(r"^[^#]*\$\{(\w+)\}", unit, re.MULTILINE)) <= set(sample())
+    assert set(sample()) <= used | vllm_variables() | {"HF_TOKEN"}
+
+
+def test_sample_settings_are_described_and_hold_no_secrets() -> None:
+    for paragraph in ENV_EXAMPLE.read_text("utf-8").split("\n\n"):
+        assert paragraph.startswith("# ")
+    assert {name for name, value in sample().items() if not value} == {
+        *("VLLM_API_KEY", "HF_TOKEN"),
+        *("PROMETHEUS_IMAGE", "GRAFANA_IMAGE"),
+    }
+    # What the sample gives is also what holds without it.
+    defaults = re.findall(r"\$\{(\w+):-([^}]+)\}", COMPOSE.read_text("utf-8"))
+    assert all(sample()[name] in (value, "") for name, value in defaults)
+
+
+def interpolated(text: str) -> str:
+    """As compose writes it, with the sample settings."""
+    return re.sub(r"\$\{(\w+)(?::[-?][^}]*)?\}", lambda match: sample()[match[1]], text)
+
+
+def seconds(text: str) -> int:
+    """A duration of the compose file."""
+    return int(text.removesuffix("s"))
 
 
 @pytest.mark.e2e

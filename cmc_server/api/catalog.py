@@ -63,13 +63,16 @@ class Catalog:
 
     def __init__(self, settings: EngineSettings, served: ServedModels) -> None:
         self.served = served
-        self.deltas = {source.name: _serve(open_delta(source)) for source in settings.deltas}
+        #: Replaced as a whole when a delta comes or goes: whoever holds it sees one state.
+        self.deltas: Mapping[str, ServedDelta] = {source.name: serve(open_delta(source)) for source in settings.deltas}
         self.offer = Offer(
             deltas={name: delta.offer for name, delta in self.deltas.items()},
             base_model=served.base_ids[0],
             is_served=served.__contains__,
             bounds=settings.strength_bounds,
             max_deltas=settings.max_deltas_per_request,
+            defaults=settings.default_deltas,
+            required=settings.required_deltas,
         )
         self._threads = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="cmc-prompt")
 
@@ -87,6 +90,18 @@ class Catalog:
         """Version by name."""
         return {name: delta.artifact.version for name, delta in self.deltas.items()}
 
+    def put(self, delta: ServedDelta) -> None:
+        """Offer a delta, in place of one of the same name."""
+        self._offer_only({**self.deltas, delta.artifact.name: delta})
+
+    def remove(self, name: str) -> None:
+        """Offer a delta no longer."""
+        self._offer_only({key: delta for key, delta in self.deltas.items() if key != name})
+
+    def _offer_only(self, deltas: Mapping[str, ServedDelta]) -> None:
+        self.deltas = deltas
+        self.offer = replace(self.offer, deltas={name: delta.offer for name, delta in deltas.items()})
+
     async def encode(self, deltas: Sequence[ChosenDelta], chat: Chat) -> list[tuple[int, ...]]:
         """The chat in each delta's tokens, off the event loop.
 
@@ -98,5 +113,10 @@ class Catalog:
         return list(await asyncio.gather(*jobs))
 
 
-def _serve(artifact: DeltaArtifact) -> ServedDelta:
+def serve(artifact: DeltaArtifact) -> ServedDelta:
+    """A delta with its prompt encoder.
+
+    Raises:
+        DeltaError: its tokenizer cannot be used.
+    """
     return ServedDelta(artifact, PromptEncoder(artifact.tokenizer(), artifact.manifest))

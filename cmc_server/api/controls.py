@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from cmc_server.api.model_id import parse_model_id
-from cmc_server.config import Unmapped
+from cmc_server.config import DeltaDose, Unmapped
 from cmc_server.errors import ControlsError
 from cmc_server.integrations.request_args import EXTRA_ARGS_KEY
 
@@ -22,6 +22,10 @@ CMC_FIELD: Final = "cmc"
 XARGS_FIELD: Final = "vllm_xargs"
 #: The routes that can be steered.
 STEERED_ROUTES: Final = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+#: Where vLLM has its routes that generate; those that can be steered are among them.
+GENERATING: Final = ("/v1/", "/v2/", "/inference/", "/cohere/", "/invocations")
+#: Ends of routes beneath these that generate nothing.
+_HARMLESS: Final = ("/count_tokens", "/cancel", "/render", "/load_lora_adapter", "/unload_lora_adapter")
 _FLAG: Final = TypeAdapter(bool)
 _COUNT: Final = TypeAdapter(int)
 
@@ -89,6 +93,8 @@ class Offer:
         bounds: lowest and highest strength.
         max_deltas: deltas per request.
         max_rows: steered rows at once; None is without limit.
+        defaults: steer a request that names nothing.
+        required: steer every request, with just these strengths.
     """
 
     deltas: Mapping[str, DeltaOffer]
@@ -97,6 +103,8 @@ class Offer:
     bounds: tuple[float, float]
     max_deltas: int
     max_rows: int | None = None
+    defaults: tuple[DeltaDose, ...] = ()
+    required: tuple[DeltaDose, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def read_controls(body: Mapping[str, Any], route: str, offer: Offer) -> Controls
         offer: what is available.
 
     Returns:
-        None if the body names no delta and has no ``cmc`` field; then it is to be passed on untouched.
+        None if no delta is to steer the request and it has no ``cmc`` field; then it is to be passed on untouched.
 
     Raises:
         ControlsError: the request cannot be served as written.
@@ -160,20 +168,25 @@ def read_controls(body: Mapping[str, Any], route: str, offer: Offer) -> Controls
     parts = None
     if isinstance(model, str) and not offer.is_served(model):
         parts = parse_model_id(model, offer.deltas)
-    if CMC_FIELD not in body and parts is None:
-        return None
+    names_any = CMC_FIELD in body or parts is not None
     if route not in STEERED_ROUTES:
-        field = CMC_FIELD if CMC_FIELD in body else "model"
-        raise ControlsError(f"{route} cannot carry a delta; use one of {', '.join(STEERED_ROUTES)}.", field)
-    if parts is None:
+        _refuse_route(route, names_any, CMC_FIELD if CMC_FIELD in body else "model", offer)
+        return None
+    unmapped: Unmapped | None = None
+    if parts is not None:
+        if CMC_FIELD in body:
+            raise ControlsError("Name deltas by the model id or by the cmc field, not by both.", CMC_FIELD)
+        chosen = parts
+        places = ["model"] * len(parts)
+    elif names_any:
         chosen, unmapped = _from_field(body[CMC_FIELD])
         places = [f"{CMC_FIELD}.deltas[{index}]" for index in range(len(chosen))]
-    elif CMC_FIELD in body:
-        raise ControlsError("Name deltas by the model id or by the cmc field, not by both.", CMC_FIELD)
     else:
-        chosen, unmapped = parts, None
-        places = ["model"] * len(parts)
-    deltas = _choose(chosen, places, offer)
+        chosen = [(dose.name, dose.strength) for dose in offer.defaults]
+        places = ["model"] * len(chosen)
+    if not names_any and not chosen and not offer.required:
+        return None
+    deltas = _with_required(_choose(chosen, places, offer), places, offer)
     controls = Controls(deltas, unmapped or _own_policy(deltas, offer), None if parts is None else str(model))
     if controls.active:
         _check_options(body, route, offer)
@@ -224,6 +237,53 @@ def _from_field(value: Any) -> tuple[list[tuple[str, float | None]], Unmapped | 
         where = _path(problem["loc"])
         raise ControlsError(f"{where}: {_message(problem)}.", where) from None
     return [(delta.name, delta.strength) for delta in field.deltas], field.unmapped
+
+
+def _refuse_route(route: str, names_any: bool, field: str, offer: Offer) -> None:
+    """What a route that cannot carry a delta may not be asked.
+
+    Raises:
+        ControlsError: the request names deltas, or generates past those that are required.
+    """
+    use = f"use one of {', '.join(STEERED_ROUTES)}."
+    if names_any:
+        raise ControlsError(f"{route} cannot carry a delta; {use}", field)
+    if offer.required and generates(route):
+        names = ", ".join(dose.name for dose in offer.required)
+        raise ControlsError(f"{route} cannot carry a delta, and this server requires {names}; {use}", field)
+
+
+def generates(route: str) -> bool:
+    """Whether vLLM may generate text on a route; said of a few that it may not, and otherwise assumed of all."""
+    return route.startswith(GENERATING) and not route.startswith("/v1/deltas") and not route.endswith(_HARMLESS)
+
+
+def required_deltas(offer: Offer) -> tuple[ChosenDelta, ...]:
+    """What steers every request, with its strengths."""
+    return tuple(_dosed(dose, offer) for dose in offer.required)
+
+
+def _dosed(dose: DeltaDose, offer: Offer) -> ChosenDelta:
+    known = offer.deltas[dose.name]
+    return ChosenDelta(dose.name, known.strength if dose.strength is None else dose.strength, known.version)
+
+
+def _with_required(deltas: Sequence[ChosenDelta], places: Sequence[str], offer: Offer) -> tuple[ChosenDelta, ...]:
+    """The required deltas, then the others that were chosen.
+
+    Raises:
+        ControlsError: one of the chosen is required with another strength.
+    """
+    required = {delta.name: delta for delta in required_deltas(offer)}
+    for delta, place in zip(deltas, places, strict=True):
+        wanted = required.get(delta.name, delta)
+        if wanted.strength != delta.strength:
+            raise ControlsError(
+                f"The delta {delta.name!r} is required on this server with the strength "
+                f"{format_strength(wanted.strength)}; leave it out or ask for just that.",
+                _in(place, "strength"),
+            )
+    return (*required.values(), *(delta for delta in deltas if delta.name not in required))
 
 
 def _message(problem: ErrorDetails) -> str:

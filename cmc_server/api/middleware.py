@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cmc_server.api import metrics
 from cmc_server.api.answers import send_controls_error, send_error
 from cmc_server.api.catalog import Catalog
-from cmc_server.api.controls import STEERED_ROUTES, Controls, format_deltas, read_controls, rewritten
+from cmc_server.api.controls import GENERATING, STEERED_ROUTES, Controls, format_deltas, read_controls, rewritten
 from cmc_server.api.messages import read_chat
 from cmc_server.api.readiness import Readiness
 from cmc_server.api.rewrite import SteeredAnswer
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 #: Larger than any chat with pictures; a request is held in memory as a whole.
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024
-#: Where vLLM has its routes that generate; those that can be steered are among them.
-_GENERATING: Final = ("/v1/", "/v2/", "/inference/", "/cohere/", "/invocations")
 _METHODS: Final = ("POST", "PUT", "PATCH", "DELETE")
 _FORMS: Final = ("multipart/", "application/x-www-form-urlencoded")
 
@@ -53,7 +51,7 @@ class FrontDoor:
             await self._app(scope, receive, send)
             return
         route = route_of(scope)
-        problem = self._readiness.problem if route.startswith(_GENERATING) else None
+        problem = self._readiness.problem if route.startswith(GENERATING) else None
         if problem is not None:
             metrics.ERRORS.labels("not_ready").inc()
             await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, f"Not ready: {problem}.", route=route)

@@ -6,11 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from cmc_server.config import DeltaSource, EngineSettings, build
+from cmc_server.config import FAST_PATHS, DeltaDose, DeltaSource, EngineSettings, build
 from cmc_server.errors import ConfigError
 
 _BOUNDS = "--strength-bounds"
 _EPILOG = """\
+Where the environment variable CMC_SERVER_ADMIN_KEY is set, its holder may load and unload deltas of a running server:
+POST /v1/deltas, DELETE /v1/deltas/NAME.
+
 Every other argument goes to vLLM's own server. To see these:
   cmc-server serve --help=all             every one of them
   cmc-server serve --help=Frontend        one group
@@ -37,7 +40,8 @@ def parse_options(argv: Sequence[str]) -> tuple[EngineSettings, list[str]]:
     options, rest = parser.parse_known_args(_join_bounds(argv))
     values = vars(options)
     deltas = tuple(DeltaSource.parse(text) for text in values.pop("delta"))
-    return build(EngineSettings, {"deltas": deltas, **values}), rest
+    doses = {key: tuple(map(DeltaDose.parse, values.pop(key))) for key in ("default_deltas", "required_deltas")}
+    return build(EngineSettings, {"deltas": deltas, **doses, **values}), rest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +69,44 @@ def _parser() -> argparse.ArgumentParser:
         help="load a delta: folder or hub id, and its strength where a request gives none; repeatable",
     )
     add(
+        "--default-delta",
+        action="append",
+        default=[],
+        dest="default_deltas",
+        metavar="NAME[@STRENGTH]",
+        help="steer requests that name no delta and do not ask for the base model either; repeatable",
+    )
+    add(
+        "--require-delta",
+        action="append",
+        default=[],
+        dest="required_deltas",
+        metavar="NAME[@STRENGTH]",
+        help="steer every request, whatever it names; repeatable",
+    )
+    add(
+        "--delta-root",
+        action="append",
+        default=[],
+        dest="delta_roots",
+        metavar="FOLDER",
+        help="deltas that are loaded while the server runs must lie here (default: anywhere); repeatable",
+    )
+    add(
+        "--delta-state",
+        default=defaults.state_file,
+        dest="state_file",
+        metavar="FILE",
+        help="remember deltas that came and went here, for the next start (default: forget them)",
+    )
+    add(
+        "--watch-deltas",
+        default=defaults.watch_folder,
+        dest="watch_folder",
+        metavar="FOLDER",
+        help="load the sub-folders of FOLDER as deltas of their names, as they come, change and go",
+    )
+    add(
         "--max-delta-seqs",
         type=int,
         default=defaults.max_delta_seqs,
@@ -83,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.delta_dtype,
         metavar="{auto,float32,bfloat16}",
         help="computing type; auto is float32 on a CPU and bfloat16 on a GPU (default: %(default)s)",
+    )
+    add(
+        "--delta-fast-paths",
+        type=_names,
+        default=defaults.fast_paths,
+        dest="fast_paths",
+        metavar="NAME,...",
+        help="only these, or none, to find out whether one is at fault: " + ", ".join(sorted(FAST_PATHS)),
     )
     add(
         _BOUNDS,
@@ -139,6 +189,10 @@ def _join_bounds(argv: Sequence[str]) -> list[str]:
             argument = f"{_BOUNDS}={low}" if "," in low or not rest else f"{_BOUNDS}={low},{rest.pop(0)}"
         joined.append(argument)
     return joined
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset() if text == "none" else frozenset(text.split(","))
 
 
 def _bounds(text: str) -> tuple[float, float]:

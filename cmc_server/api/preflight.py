@@ -12,7 +12,7 @@ from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
 from cmc_server.delta.store import DeltaArtifact, open_delta
 from cmc_server.errors import ConfigError, DeltaError
 from cmc_server.vocab.reserved import pick_reserved_token
-from cmc_server.vocab.special import Overrides, read_overrides
+from cmc_server.vocab.special import read_overrides
 from cmc_server.vocab.surface import Vocabulary, load_tokenizer, read_generation_config, read_vocabulary
 from cmc_server.vocab.vocab_map import cached_map
 
@@ -66,28 +66,43 @@ def check_deltas(settings: EngineSettings, model: UserModel) -> Checked:
     """
     tokenizer = load_tokenizer(model.tokenizer)
     user = read_vocabulary(tokenizer, read_generation_config(model.tokenizer))
-    overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
     artifacts = [open_delta(source) for source in settings.deltas]
     _check_memory(settings, artifacts, model)
-    lines = [_check(artifact, settings, user, overrides) for artifact in artifacts]
+    _check_required(settings, artifacts)
+    lines = [check_delta(artifact, settings, user) for artifact in artifacts]
     reserved = pick_reserved_token(user, model.num_logits, _template_tokens(user, tokenizer, model.chat_template))
     return Checked(settings.model_copy(update={"reserved_token_id": reserved}), lines)
+
+
+def _check_required(settings: EngineSettings, artifacts: Sequence[DeltaArtifact]) -> None:
+    strengths = {artifact.name: artifact.strength for artifact in artifacts}
+    for dose in settings.required_deltas:
+        if dose.strength is None and strengths[dose.name] == 0:
+            raise ConfigError(f"The required delta {dose.name!r} has the strength 0; write {dose.name}@STRENGTH.")
 
 
 def _check_memory(settings: EngineSettings, artifacts: Sequence[DeltaArtifact], model: UserModel) -> None:
     """Refuse now what the workers would refuse later; without a number of rows, at least one must fit."""
     value_bytes = VALUE_BYTES[settings.delta_dtype] or (4 if model.on_cpu else 2)
-    plan_seqs(settings, artifacts, model.max_num_seqs or settings.max_delta_seqs or 1, value_bytes)
+    max_num_seqs = model.max_num_seqs or settings.max_delta_seqs or 1
+    plan_seqs(settings, artifacts, max_num_seqs, value_bytes, model.on_cpu)
 
 
-def _check(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary, overrides: Overrides | None) -> str:
+def check_delta(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary) -> str:
+    """Map a delta to the user LLM's vocabulary, and check its strength; a line about it for people.
+
+    Raises:
+        DeltaError: its tokenizer cannot be used, or it knows too little of the vocabulary.
+        MapError: the map cannot be built.
+        ConfigError: its own strength lies outside the bounds.
+    """
     low, high = settings.strength_bounds
     if not low <= artifact.strength <= high:
         raise ConfigError(
             f"The delta {artifact.name!r} has the strength {artifact.strength:g}, outside {low:g} to {high:g}; "
             f"give another with --delta {artifact.name}=PATH@STRENGTH or widen --strength-bounds."
         )
-    coverage = _coverage(artifact, settings, user, overrides)
+    coverage = _coverage(artifact, settings, user)
     if coverage < settings.min_coverage and not settings.force_coverage:
         raise DeltaError(
             f"The delta {artifact.name!r} knows only {coverage:.1%} of the model's ordinary tokens, less than "
@@ -99,11 +114,10 @@ def _check(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary, 
     )
 
 
-def _coverage(
-    artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary, overrides: Overrides | None
-) -> float:
+def _coverage(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary) -> float:
     """Share of the user's ordinary tokens that the map covers; the map is left in the cache for the workers."""
     delta = read_vocabulary(artifact.tokenizer(), read_generation_config(str(artifact.path)))
+    overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
     cache = Path(settings.cache_dir) if settings.cache_dir else None
     return cached_map(user, delta, overrides, cache).coverage
 

@@ -18,7 +18,7 @@ _RPC_TIMEOUT = 10.0
 class Readiness:
     """Plugin, front door and worker processor, seen from the API process.
 
-    The workers are asked until they have answered well once; nothing that they say changes after that.
+    The workers are asked until they have answered well once; after that, whoever changes their deltas says so.
     """
 
     def __init__(self) -> None:
@@ -83,11 +83,15 @@ class Readiness:
             return f"the workers do not answer ({error or type(error).__name__})"
         problem = _compare(ranks, catalog.versions)
         if problem is None:
-            self._loaded = {report["name"]: report for rank in ranks for report in rank["deltas"]}
-            rows = [rank["max_delta_seqs"] for rank in ranks if rank["deltas"]]
-            if rows:
-                self._use_rows(min(rows))
+            self.take(ranks)
         return problem
+
+    def take(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Note what the workers report."""
+        self._loaded = {report["name"]: report for rank in ranks for report in rank["deltas"]}
+        rows = [rank["max_delta_seqs"] for rank in ranks if rank["deltas"]]
+        if rows:
+            self._use_rows(min(rows))
 
 
 def _compare(ranks: Sequence[Any], versions: Mapping[str, str]) -> str | None:

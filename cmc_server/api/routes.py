@@ -1,4 +1,4 @@
-"""The endpoint plugin that vLLM loads: it brings the front door, and the routes about deltas and readiness."""
+"""The endpoint plugin that vLLM loads: it brings the front door, the playground, and the routes about deltas."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from starlette.datastructures import State
 from cmc_server.api import metrics
 from cmc_server.api.answers import error_body
 from cmc_server.api.catalog import Catalog, ServedDelta
+from cmc_server.api.changes import Changes, describe_delta
+from cmc_server.api.controls import required_deltas
+from cmc_server.api.live import LiveDeltas
 from cmc_server.api.middleware import FrontDoor
 from cmc_server.api.model_id import parse_model_id
 from cmc_server.api.openapi import describe_controls
+from cmc_server.api.playground.pages import playground_router
 from cmc_server.api.readiness import Readiness
 from cmc_server.api.stamp import AnswerStamp
 from cmc_server.config import EngineSettings
@@ -35,6 +39,7 @@ class DeltaEndpoints:
 
     def __init__(self) -> None:
         self._readiness = Readiness()
+        self._changes = Changes(self._readiness)
         self._gate = RowGate(on_waiting=metrics.WAITING_ROWS.set)
 
     def attach_router(self, app: FastAPI) -> None:
@@ -45,6 +50,8 @@ class DeltaEndpoints:
         # Around everything, starlette's own last-resort error handler included.
         app.build_middleware_stack = lambda: AnswerStamp(build())  # type: ignore[method-assign]
         app.include_router(_Routes(self._readiness).router())
+        app.include_router(self._changes.router())
+        app.include_router(playground_router())
         describe_controls(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -60,6 +67,7 @@ class DeltaEndpoints:
             engine_client,
             reserved_token_id=settings.reserved_token_id,
             gate=self._gate,
+            required={delta.name: delta.strength for delta in required_deltas(catalog.offer)},
             on_failure=metrics.ERRORS.labels("delta_failed").inc,
             on_shutdown=self._readiness.drain,
         )
@@ -69,6 +77,9 @@ class DeltaEndpoints:
                 self._gate.limit = catalog.max_rows = max(1, rows // (args.api_server_count or 1))
 
         await self._readiness.connect(engine_client, catalog, use_rows)
+        if settings.live:
+            live = LiveDeltas(engine_client, catalog, settings, args.tokenizer or args.model, self._readiness.take)
+            self._changes.start(live, settings, several=(args.api_server_count or 1) > 1)
 
 
 def _log_like_vllm() -> None:
@@ -114,7 +125,7 @@ class _Routes:
 
     async def list_deltas(self) -> JSONResponse:
         """Every delta that is loaded."""
-        data = [_describe(delta, self._readiness) for delta in self._deltas.values()]
+        data = [self._describe(delta) for delta in self._deltas.values()]
         return JSONResponse({"object": "list", "data": data})
 
     async def get_delta(self, name: str) -> JSONResponse:
@@ -122,7 +133,7 @@ class _Routes:
         if name not in self._deltas:
             available = ", ".join(self._deltas) or "none is loaded"
             return _not_found(f"There is no delta named {name[:80]!r}; available: {available}.", "name")
-        return JSONResponse(_describe(self._deltas[name], self._readiness))
+        return JSONResponse(self._describe(self._deltas[name]))
 
     async def ready(self) -> JSONResponse:
         """200 if requests are served, else 503 with the reason."""
@@ -140,6 +151,9 @@ class _Routes:
         catalog = self._readiness.catalog
         return [] if catalog is None else await catalog.served.cards()
 
+    def _describe(self, delta: ServedDelta) -> dict[str, Any]:
+        return describe_delta(delta, self._readiness)
+
 
 def _card(delta: ServedDelta, base: Mapping[str, Any], model_id: str | None = None) -> dict[str, Any]:
     """A delta as an entry of ``/v1/models``; ``base`` is the entry of the user LLM."""
@@ -155,28 +169,6 @@ def _delta_card(model_id: str, deltas: Mapping[str, ServedDelta], base: Mapping[
     if not parts or any(name not in deltas for name, _ in parts):
         return None
     return _card(deltas[parts[0][0]], base, model_id)
-
-
-def _describe(delta: ServedDelta, readiness: Readiness) -> dict[str, Any]:
-    artifact, manifest = delta.artifact, delta.artifact.manifest
-    loaded = readiness.loaded(artifact.name)
-    return {
-        "object": "delta",
-        "name": artifact.name,
-        "version": artifact.version,
-        "state": "loaded" if loaded else "unknown",
-        "strength": artifact.strength,
-        "advised_range": manifest.advised_range,
-        "description": manifest.description,
-        "template_llm": manifest.template_llm,
-        "objective": manifest.objective,
-        "license": manifest.license,
-        "unmapped": manifest.unmapped or "zero",
-        "context_length": artifact.context_length,
-        "vocab_size": artifact.vocab_size,
-        "weight_bytes": artifact.weight_bytes,
-        **{key: loaded.get(key) for key in ("num_parameters", "memory_bytes", "dtype", "coverage", "match")},
-    }
 
 
 def _not_found(message: str, param: str) -> JSONResponse:

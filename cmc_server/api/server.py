@@ -8,14 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Final
 
 from cmc_server.api.options import parse_options
 from cmc_server.api.preflight import UserModel, check_deltas, check_names
-from cmc_server.config import ADDITIONAL_CONFIG_KEY, EngineSettings
-from cmc_server.errors import ConfigError
+from cmc_server.api.state import StateFile
+from cmc_server.config import ADDITIONAL_CONFIG_KEY, EngineSettings, build
+from cmc_server.delta.store import open_delta
+from cmc_server.errors import ConfigError, DeltaError
 
 PLUGIN_NAME: Final = "cmc_server"
 # Given as text: the class must be imported by the workers, not by the launcher.
@@ -24,6 +28,8 @@ WORKER_EXTENSION: Final = "cmc_server.integrations.vllm_worker.DeltaWorkerExtens
 LOGPROBS_MODE: Final = "processed_logprobs"
 #: Grace for running requests at SIGTERM, the same as Kubernetes gives by default. vLLM's own default aborts them.
 SHUTDOWN_SECONDS: Final = 30
+#: Holds the key of those who may load and unload deltas. Not an argument: those are logged, and seen by all users.
+ADMIN_KEY_VARIABLE: Final = "CMC_SERVER_ADMIN_KEY"
 _RUST_VARIABLES: Final = ("VLLM_USE_RUST_FRONTEND", "VLLM_RUST_FRONTEND_PATH")
 _ENDPOINT_PLUGINS: Final = "vllm.endpoint_plugins"
 
@@ -47,15 +53,45 @@ def run_serve(argv: list[str]) -> int:
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
     command, arguments = _parse_vllm(rest)
     _refuse_arguments(arguments)
+    settings = _go_live(settings, os.environ, arguments)
     check_names(settings, _served_names(arguments))
     config = _read_model_config(arguments)
-    if settings.deltas:
+    if settings.deltas or settings.live:
         checked = check_deltas(settings, _user_model(arguments, config))
         settings = checked.settings
         _say("\n".join(checked.lines))
     _plug_in(arguments, settings)
     command.cmd(arguments)
     return 0
+
+
+def _go_live(settings: EngineSettings, environment: Mapping[str, str], arguments: argparse.Namespace) -> EngineSettings:
+    """Settings of a server whose deltas may change, with those of its last run; unchanged where they may not.
+
+    Raises:
+        ConfigError: the state file cannot be read.
+    """
+    admin_key = environment.get(ADMIN_KEY_VARIABLE)
+    if not admin_key and not settings.watch_folder:
+        if settings.state_file or settings.delta_roots:
+            raise ConfigError(f"--delta-state and --delta-root need {ADMIN_KEY_VARIABLE} or --watch-deltas.")
+        return settings
+    keys = [key for key in (arguments.api_key or [environment.get("VLLM_API_KEY")]) if key]
+    if admin_key and keys:
+        arguments.api_key = [*keys, admin_key]  # or vLLM would not let its holder in
+    file = Path(settings.state_file or Path(tempfile.mkdtemp(prefix="cmc-server-")) / "deltas.json").absolute()
+    state = StateFile(file).read()
+    kept = []
+    for source in state.loaded:
+        try:
+            open_delta(source)
+            kept.append(source)
+        except DeltaError as error:
+            _say(f"warning: the delta {source.name!r} of the last run is not loaded again: {error}")
+    if state.loaded or state.unloaded:
+        _say(f"deltas of the last run, from {file}: loaded {[one.name for one in kept]}, not {sorted(state.unloaded)}")
+    deltas = state.model_copy(update={"loaded": tuple(kept)}).apply(settings)
+    return build(EngineSettings, {**dict(settings), "deltas": deltas, "live": True, "state_file": str(file)})
 
 
 def allowed_plugins(current: str | None) -> str:

@@ -185,15 +185,19 @@ class CachedSequence:
         self._pool.give_back(self.blocks[needed:])
         del self.blocks[needed:], self._marks[whole:]
 
-    def reserve(self, length: int) -> None:
+    def reserve(self, length: int) -> list[int]:
         """Hold enough blocks for ``length`` positions.
+
+        Returns:
+            The blocks that were taken for it.
 
         Raises:
             CapacityError: the pool has too few free blocks; nothing changes then.
         """
         missing = -(-length // self._pool.block_size) - len(self.blocks)
-        if missing > 0:
-            self.blocks += self._pool.take(missing)
+        taken = self._pool.take(missing) if missing > 0 else []
+        self.blocks += taken
+        return taken
 
     def slots(self, start: int, stop: int) -> list[int]:
         """Where positions ``start`` to ``stop`` lie among all positions of the pool."""

@@ -33,13 +33,14 @@ def num_blocks(context_length: int, max_seqs: int) -> int:
     return max_seqs * -(-context_length // BLOCK_SIZE)
 
 
-def memory_needed(artifact: DeltaArtifact, max_seqs: int, value_bytes: int) -> int:
+def memory_needed(artifact: DeltaArtifact, max_seqs: int, value_bytes: int, on_cpu: bool) -> int:
     """Bytes for the weights and the key-value cache of one delta.
 
     Args:
         artifact: the checked delta folder.
         max_seqs: sequences cached at once.
         value_bytes: 4 for float32, 2 for bfloat16.
+        on_cpu: whether it runs on a CPU, where a tied float32 output head is held twice.
 
     Raises:
         DeltaError: transformers does not know the architecture.
@@ -49,12 +50,19 @@ def memory_needed(artifact: DeltaArtifact, max_seqs: int, value_bytes: int) -> i
         layers, heads, head_size = cache_shape(config)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         raise DeltaError(f"The delta {artifact.name!r} is of an unknown architecture: {error}.") from error
+    # A head of its own is dropped for its packed copy; a tied one stays, since it is the embedding.
+    copied = on_cpu and value_bytes == 4 and config.tie_word_embeddings
+    packed = artifact.vocab_size * int(config.hidden_size) if copied else 0
     positions = num_blocks(artifact.context_length or DEFAULT_CONTEXT, max_seqs) * BLOCK_SIZE
-    return artifact.weight_bytes + 2 * layers * positions * heads * head_size * value_bytes
+    return (artifact.num_weights + packed + 2 * layers * positions * heads * head_size) * value_bytes
 
 
 def plan_seqs(
-    settings: EngineSettings, artifacts: Sequence[DeltaArtifact], engine_max_seqs: int, value_bytes: int
+    settings: EngineSettings,
+    artifacts: Sequence[DeltaArtifact],
+    engine_max_seqs: int,
+    value_bytes: int,
+    on_cpu: bool,
 ) -> int:
     """How many rows may be steered at once within ``delta_memory``.
 
@@ -63,6 +71,7 @@ def plan_seqs(
         artifacts: the deltas to load; all of them reserve for that many rows.
         engine_max_seqs: rows that the engine runs at once.
         value_bytes: 4 for float32, 2 for bfloat16.
+        on_cpu: whether the deltas run on a CPU.
 
     Raises:
         CapacityError: the deltas do not fit, with the numbers.
@@ -70,7 +79,7 @@ def plan_seqs(
     budget = settings.delta_memory * _GIB
 
     def needed(max_seqs: int) -> int:
-        return sum(memory_needed(artifact, max_seqs, value_bytes) for artifact in artifacts)
+        return sum(memory_needed(artifact, max_seqs, value_bytes, on_cpu) for artifact in artifacts)
 
     wanted = min(settings.max_delta_seqs or engine_max_seqs, engine_max_seqs)
     if needed(wanted) <= budget:

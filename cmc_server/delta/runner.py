@@ -6,17 +6,21 @@ The slow reference with the same meaning is a plain forward pass over each whole
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from cmc_server.config import FAST_PATHS, FastPath
 from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
 from cmc_server.delta.blocks import BlockPool, CachedSequence
 from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
+from cmc_server.delta.head import pack_head
+from cmc_server.delta.llama import FastLlama
+from cmc_server.delta.packed import is_packed, load_packed
 from cmc_server.delta.store import DeltaArtifact
 from cmc_server.errors import DeltaError
 
@@ -58,13 +62,20 @@ class DeltaRunner:
         max_seqs: how many sequences may be cached at once, each up to the full context.
         device: where the model lives.
         dtype: float32 or bfloat16.
+        fast_paths: of these, ``head``, ``layers`` and ``sharing`` are the runner's.
 
     Raises:
         DeltaError: the weights do not fit the config, or the architecture's attention is not standard.
     """
 
     def __init__(
-        self, artifact: DeltaArtifact, *, max_seqs: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        artifact: DeltaArtifact,
+        *,
+        max_seqs: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        fast_paths: Collection[FastPath] = FAST_PATHS,
     ) -> None:
         self.artifact = artifact
         self.device = device
@@ -73,25 +84,23 @@ class DeltaRunner:
         self.max_seqs = max_seqs
         self._model = load_model(artifact, dtype, IMPLEMENTATION).to(device)
         self.vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
+        #: Parameters of the model; tied ones count once.
+        self.num_parameters = sum(int(parameter.numel()) for parameter in self._model.parameters())
+        packed = pack_head(self._model) if "head" in fast_paths else 0
+        weights = packed + sum(int(parameter.nbytes) for parameter in self._model.parameters())
+        few_operations = "layers" in fast_paths and FastLlama.fits(self._model)
+        self._fast = FastLlama(self._model, self.context_length) if few_operations else None
+        self._shares = "sharing" in fast_paths
         self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.blocks = BlockPool(num_blocks(self.context_length, max_seqs), BLOCK_SIZE)
         layers, heads, head_size = cache_shape(self._model.config)
-        self._pool = KeyValuePool(layers, self.blocks.num_blocks * BLOCK_SIZE, heads, head_size, dtype, device)
+        self._pool = KeyValuePool(layers, self.blocks.num_blocks, BLOCK_SIZE, heads, head_size, dtype, device)
         self._pool.attach(self._model)
+        #: Bytes reserved for weights and key-value cache.
+        self.memory_bytes = weights + int(self._pool.cached.nbytes)
         #: Tokens that went through the model since it was loaded.
         self.num_tokens = 0
         self._check_attention()
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the model; tied ones count once."""
-        return sum(int(parameter.numel()) for parameter in self._model.parameters())
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes reserved for weights and key-value cache."""
-        weights = sum(int(parameter.nbytes) for parameter in self._model.parameters())
-        return weights + 2 * self._pool.keys.numel() * self._pool.keys.element_size()
 
     def new_sequence(self) -> CachedSequence:
         """An empty sequence; it holds blocks only once it is fed."""
@@ -113,8 +122,9 @@ class DeltaRunner:
         for feed in feeds:
             # The last id is always fed, since its logits are wanted and are not kept.
             feed.sequence.truncate(min(feed.keep, len(feed.ids) - 1))
-            feed.sequence.adopt(feed.ids)
-        first, twins = _twins(feeds)
+            if self._shares:
+                feed.sequence.adopt(feed.ids)
+        first, twins = _twins(feeds) if self._shares else (list(range(len(feeds))), [])
         if not twins:
             return self._forward(feeds)
         output = torch.zeros(len(feeds), self.vocab_size, device=self.device)
@@ -134,7 +144,8 @@ class DeltaRunner:
             for piece in batch:
                 feed = feeds[piece.row]
                 feed.sequence.length = piece.stop
-                feed.sequence.publish(feed.ids, feed.settled)
+                if self._shares:
+                    feed.sequence.publish(feed.ids, feed.settled)
                 self.num_tokens += piece.stop - piece.start
             if len(ended) == len(feeds):
                 return logits
@@ -144,7 +155,7 @@ class DeltaRunner:
         return torch.zeros(0, self.vocab_size, device=self.device) if output is None else output
 
     def _begin(self, row: int, feed: Feed) -> _Piece:
-        feed.sequence.reserve(len(feed.ids))
+        self._pool.clear(feed.sequence.reserve(len(feed.ids)))
         return _Piece(row, feed.sequence.length, len(feed.ids))
 
     def _run(self, feeds: Sequence[Feed], pieces: list[_Piece], ended: list[int]) -> Tensor:
@@ -159,14 +170,17 @@ class DeltaRunner:
             ids.extend(feed.ids[piece.start : piece.stop])
             positions.extend(range(piece.start, piece.stop))
             slots.extend(feed.sequence.slots(piece.start, piece.stop))
-        self._pool.slots = torch.tensor(slots, device=self.device)
         blocks = [feeds[piece.row].sequence.blocks for piece in pieces]
-        self._pool.groups = [group.to(self.device) for group in _group_rows(pieces, offsets, blocks)]
+        groups = [group.to(self.device) for group in _group_rows(pieces, offsets, blocks)]
+        self._pool.begin(torch.tensor(slots, device=self.device), groups)
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
         wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in set(ended)]
         return self._logits(ids, positions, torch.tensor(wanted, dtype=torch.int64, device=self.device))
 
     def _logits(self, ids: list[int], positions: list[int], wanted: Tensor) -> Tensor:
+        if self._fast is not None:
+            packed = torch.tensor([ids, positions], device=self.device)
+            return self._fast.forward(self._pool, packed[0], packed[1], wanted).float()
         extra: dict[str, Any] = {"logits_to_keep": wanted} if self._can_select else {}
         logits: Tensor = self._model(
             input_ids=torch.tensor([ids], device=self.device),
@@ -208,6 +222,8 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
     Raises:
         DeltaError: transformers cannot load it, or a weight is missing or of the wrong shape.
     """
+    if is_packed(artifact.path):
+        return _load_packed_model(artifact, dtype, attention)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             artifact.path,
@@ -225,6 +241,23 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
+
+
+def _load_packed_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The same of a folder with packed weights that are relative to nothing."""
+    weights = load_packed(artifact.path)
+    try:
+        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        missing, unknown = model.load_state_dict(weights, strict=False)
+    except Exception as error:  # see load_model
+        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {error}.") from error
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    faults = [*sorted(set(missing) - tied), *unknown]
+    if faults:
+        raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has one of that name too many.")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def _twins(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:
@@ -268,15 +301,16 @@ def _row_group(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]]
     """Few tensors whatever the number of rows: this runs in every step."""
     longest = max(pieces[index].stop for index in members)
     held = -(-longest // BLOCK_SIZE)
-    # Places that pad a row lie behind its last position, so that no query sees them.
-    tables = [(blocks[index] + [0] * held)[:held] for index in members]
-    firsts = torch.tensor(tables).unsqueeze(2) * BLOCK_SIZE
+    # Blocks that pad a row lie behind its last position, so that no query sees them.
+    tables = [(blocks[index] + blocks[index][:1] * held)[:held] for index in members]
     counts = [pieces[index].stop - pieces[index].start for index in members]
     width = max(counts)
     starts = torch.tensor([[pieces[index].start] for index in members])
     tokens = torch.tensor([[offsets[index]] for index in members])
+    token_index: Tensor | None
     if width == 1:
-        token_index, query_positions, real = tokens, starts, None
+        query_positions, real = starts, None
+        token_index = None if len(members) == len(pieces) else tokens
     else:
         steps = torch.arange(width)
         real = steps < torch.tensor(counts).unsqueeze(1)
@@ -285,7 +319,7 @@ def _row_group(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]]
         real = None if min(counts) == width else real
     return RowGroup(
         token_index=token_index,
-        cache_index=(firsts + torch.arange(BLOCK_SIZE)).flatten(1)[:, :longest],
+        blocks=torch.tensor(tables),
         query_positions=query_positions,
         query_mask=real,
     )

@@ -125,6 +125,32 @@ class Speller:
         return spelled
 
 
+class WholeDeltaInput:
+    """The delta input of one request, spelled as a whole whenever it grows: what :class:`DeltaInput` must equal.
+
+    Args and attributes are the same.
+    """
+
+    def __init__(self, speller: Speller, prompt_ids: Sequence[int]) -> None:
+        self._speller = speller
+        self._prompt_ids = list(prompt_ids)
+        self._response: list[int] = []
+        self.ids: list[int] = list(prompt_ids)
+
+    @property
+    def num_settled(self) -> int:
+        """How many leading ids never change again."""
+        return len(self._prompt_ids)
+
+    def extend(self, user_ids: Iterable[int]) -> int:
+        """Append response tokens; how many leading ids are the same as before the call."""
+        before = self.ids
+        self._response += user_ids
+        self.ids = self._speller.delta_input(self._prompt_ids, self._response)
+        pairs = enumerate(zip(before, self.ids, strict=False))
+        return next((index for index, (old, new) in pairs if old != new), min(len(before), len(self.ids)))
+
+
 class DeltaInput:
     """The delta input of one request, kept up to date.
 

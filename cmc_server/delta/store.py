@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class DeltaArtifact:
         vocab_size: columns of the delta's logits.
         max_positions: longest input of the architecture, or None if the config does not say.
         weight_bytes: size of the safetensors files.
+        num_weights: values in them.
         strength: strength of a request that gives none.
     """
 
@@ -45,6 +47,7 @@ class DeltaArtifact:
     vocab_size: int
     max_positions: int | None
     weight_bytes: int
+    num_weights: int
     strength: float
 
     @property
@@ -98,6 +101,7 @@ def open_delta(source: DeltaSource, roots: Sequence[Path] = ()) -> DeltaArtifact
         vocab_size=vocab_size,
         max_positions=max_positions if isinstance(max_positions, int) else None,
         weight_bytes=sum(path.stat().st_size for path in weights),
+        num_weights=sum(weights.values()),
         strength=manifest.default_strength if source.strength is None else source.strength,
     )
 
@@ -108,8 +112,18 @@ def content_version(folder: Path) -> str:
     Returns:
         12 hex digits; equal for equal content wherever the folder lies.
     """
+    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    return _digest({*weights, *_tokenizer_files(folder), *_named(folder, "config.json", MANIFEST_FILE)})
+
+
+def vocabulary_version(folder: Path) -> str:
+    """The same over those files alone that decide how a delta's tokens are read and spelled."""
+    return _digest(set(_tokenizer_files(folder)))
+
+
+def _digest(files: set[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(_relevant_files(folder)):
+    for path in sorted(files):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 20):
@@ -117,11 +131,13 @@ def content_version(folder: Path) -> str:
     return digest.hexdigest()[:_VERSION_LENGTH]
 
 
-def _relevant_files(folder: Path) -> Iterable[Path]:
-    names = {"config.json", "generation_config.json", MANIFEST_FILE}
-    for path in folder.iterdir():
-        if path.suffix == ".safetensors" or path.name in names or "token" in path.name or path.name == "vocab.txt":
-            yield path
+def _tokenizer_files(folder: Path) -> list[Path]:
+    own = [path for path in folder.iterdir() if "token" in path.name and path.suffix != ".safetensors"]
+    return [*own, *_named(folder, "generation_config.json", "vocab.txt")]
+
+
+def _named(folder: Path, *names: str) -> list[Path]:
+    return [path for name in names if (path := folder / name).is_file()]
 
 
 def _locate(path: str, roots: Sequence[Path]) -> Path:
@@ -164,14 +180,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_weights(folder: Path) -> list[Path]:
+def _check_weights(folder: Path) -> dict[Path, int]:
+    """Each weight file, and how many values it holds."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DeltaError(f"The delta folder {folder} has no .safetensors file; convert its weights to safetensors.")
+    counts = {}
     for path in files:
         try:
             with safe_open(path, framework="numpy") as tensors:
-                tensors.keys()
+                names = tensors.keys()
+                counts[path] = sum(_num_values(name, tensors.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise DeltaError(f"{path} is not a valid safetensors file: {error}.") from None
     index = folder / "model.safetensors.index.json"
@@ -180,7 +199,12 @@ def _check_weights(folder: Path) -> list[Path]:
         missing = sorted(named - {path.name for path in files})
         if missing:
             raise DeltaError(f"{index} names {missing[0]}, which is missing from the delta folder.")
-    return files
+    return counts
+
+
+def _num_values(name: str, shape: Sequence[int]) -> int:
+    # Packed signs (delta/packed.py) hold eight weights in a byte.
+    return math.prod(shape) * (8 if name.endswith(".signs") else 1)
 
 
 def _read_index(index: Path) -> dict[str, str]:

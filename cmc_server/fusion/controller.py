@@ -5,6 +5,7 @@ An engine adapter knows rows and requests; the controller knows *slots*, numbers
     load(source)                 a delta becomes usable
     admit(slot, prompt, controls)    a request takes a slot
     advance(slot, token_ids)     its response grew
+    begin(slots, device)         the next shift will want these; optional
     shift(rows, logits)          add the deltas to the rows of some slots, in place
     release(slot)                the request is gone
 
@@ -15,105 +16,32 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cmc_server.config import Unmapped
-from cmc_server.delta.blocks import CachedSequence
+from cmc_server.config import FAST_PATHS, FastPath, Unmapped
 from cmc_server.delta.runner import Feed
-from cmc_server.delta.spelling import DeltaInput, window_drop
+from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput
 from cmc_server.errors import CapacityError, DeltaRuntimeError
+from cmc_server.fusion.beside import Beside
 from cmc_server.fusion.exchange import Exchange, agree
 from cmc_server.fusion.loaded import LoadedDelta
-from cmc_server.fusion.rule import Shift, fuse_
+from cmc_server.fusion.rule import Shift, fuse_, fuse_by_copy_
+from cmc_server.fusion.streams import Output, Request, Row, Steering, Stream, same_deltas
 
 logger = logging.getLogger(__name__)
 
 
-class Steering(Protocol):
-    """One delta of a request as the controller takes it; ``integrations.request_args.ActiveDelta`` is one."""
-
-    @property
-    def name(self) -> str:
-        """Name of a loaded delta."""
-
-    @property
-    def strength(self) -> float:
-        """Factor on its logits."""
-
-    @property
-    def version(self) -> str | None:
-        """Content that the caller expects; None takes what is loaded."""
-
-    @property
-    def prompt_ids(self) -> Sequence[int] | None:
-        """The prompt in the delta's tokens; None spells the user LLM's prompt."""
-
-
-@dataclass
-class _Stream:
-    """One delta of one request: its input, and what of it is cached."""
-
-    delta: LoadedDelta
-    strength: float
-    text: DeltaInput
-    sequence: CachedSequence | None = None
-    dropped: int = 0
-    keep: int = 0
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        unchanged = self.text.extend(token_ids)
-        dropped = window_drop(len(self.text.ids), self.delta.runner.context_length)
-        num_bos = self.num_bos
-        kept = unchanged - self.dropped if unchanged >= num_bos + self.dropped else min(unchanged, num_bos)
-        self.keep = min(self.keep, kept if dropped == self.dropped else num_bos)
-        self.dropped = dropped
-
-    @property
-    def num_bos(self) -> int:
-        bos = self.delta.encoder.bos_ids
-        return len(bos) if bos and self.text.ids[: len(bos)] == bos else 0
-
-    @property
-    def num_settled(self) -> int:
-        """Leading ids of the window that never change while no more are dropped."""
-        settled = self.text.num_settled
-        return settled - self.dropped if settled >= self.num_bos + self.dropped else min(settled, self.num_bos)
-
-    def window(self) -> list[int]:
-        """The ids that the delta reads: all, or the bos and what is left behind the dropped ones."""
-        ids = self.text.ids
-        return ids[: self.num_bos] + ids[self.num_bos + self.dropped :] if self.dropped else ids
-
-
-@dataclass
-class _Request:
-    streams: list[_Stream] = field(default_factory=list)
-    unmapped: Unmapped = "zero"
-    failed: bool = False
-
-
 @dataclass(frozen=True)
-class _Output:
-    """Logits of one delta, [n, D] float32, and the row of each stream by its identity."""
+class _Ahead:
+    """Forward passes that were begun before they are wanted, and for which slots."""
 
-    logits: Tensor
-    rows: Mapping[int, int]
-
-    def of(self, streams: Sequence[_Stream]) -> Tensor:
-        """The rows of some streams in their order; no copy where these are all rows."""
-        rows = [self.rows[id(stream)] for stream in streams]
-        if rows == list(range(self.logits.shape[0])):
-            return self.logits
-        return self.logits.index_select(0, torch.tensor(rows, device=self.logits.device))
-
-
-#: A row of the logits and the request that it belongs to.
-_Row = tuple[int, _Request]
+    slots: list[int]
+    outputs: Future[dict[LoadedDelta, Output]]
 
 
 class DeltaController:
@@ -123,28 +51,73 @@ class DeltaController:
         reserved_token_id: user token that ends a failed request; masked for all other steered rows. None raises
             :class:`DeltaRuntimeError` instead, for engines where the caller sees the exception.
         exchange: to the other ranks under tensor parallelism.
+        beside: where forward passes run that :meth:`begin` asks for; None leaves all to :meth:`shift`. Not used under
+            tensor parallelism, where all ranks have to do the same in the same order.
+        fast_paths: of these, ``rule``, ``spelling`` and, on a GPU, ``overlap`` are the controller's.
     """
 
-    def __init__(self, reserved_token_id: int | None = None, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self,
+        reserved_token_id: int | None = None,
+        exchange: Exchange | None = None,
+        beside: Beside | None = None,
+        fast_paths: Collection[FastPath] = FAST_PATHS,
+    ) -> None:
+        self._apply_rule = fuse_ if "rule" in fast_paths else fuse_by_copy_
+        self._overlaps = "overlap" in fast_paths
+        self._side_stream: torch.cuda.Stream | None = None
+        self._input = DeltaInput if "spelling" in fast_paths else WholeDeltaInput
         self._reserved = reserved_token_id
         self._exchange = exchange
+        self._beside = beside if exchange is None else None
+        self._ahead: _Ahead | None = None
         self._deltas: dict[str, LoadedDelta] = {}
-        self._requests: dict[int, _Request] = {}
-        self._cached: dict[LoadedDelta, OrderedDict[int, _Stream]] = {}
+        self._kept: dict[tuple[str, str], LoadedDelta] = {}
+        self._retired: set[tuple[str, str]] = set()
+        self._requests: dict[int, Request] = {}
+        self._cached: dict[LoadedDelta, OrderedDict[int, Stream]] = {}
 
     @property
     def deltas(self) -> Mapping[str, LoadedDelta]:
         """The loaded deltas by name."""
         return self._deltas
 
+    @property
+    def kept(self) -> Mapping[tuple[str, str], LoadedDelta]:
+        """Deltas that were replaced or unloaded, by name and version: requests that chose them may still come."""
+        return self._kept
+
+    def num_running(self, delta: LoadedDelta) -> int:
+        """How many requests run on a delta."""
+        return sum(stream.delta is delta for request in self._requests.values() for stream in request.streams)
+
     def load(self, delta: LoadedDelta) -> None:
-        """Make a delta usable under its name. Requests that run on an older one of that name keep theirs."""
+        """Make a delta usable under its name. One that had the name is kept for requests that chose it."""
+        self._finish_ahead()
+        self._side_stream = None
+        if delta.name in self._deltas:
+            self.unload(delta.name)
         self._deltas[delta.name] = delta
         self._cached.setdefault(delta, OrderedDict())
 
     def unload(self, name: str) -> None:
-        """Forget a delta; requests that run on it keep it."""
-        del self._deltas[name]
+        """Take a delta out of use; it is kept for requests that chose it, until :meth:`retire`."""
+        self._finish_ahead()
+        delta = self._deltas.pop(name)
+        self._kept[name, delta.artifact.version] = delta
+
+    def restore(self, name: str, version: str) -> bool:
+        """Make a kept delta usable again; whether there is one of this name and content."""
+        delta = self._kept.pop((name, version), None)
+        self._retired.discard((name, version))
+        if delta is not None:
+            self.load(delta)
+        return delta is not None
+
+    def retire(self, name: str, version: str) -> None:
+        """Forget a kept delta, as soon as no request runs on it."""
+        self._retired.add((name, version))
+        self._forget_retired()
 
     def admit(
         self, slot: int, prompt: Sequence[int] | None, steering: Sequence[Steering], unmapped: Unmapped | None = None
@@ -158,7 +131,7 @@ class DeltaController:
             unmapped: the request's policy; None lets the manifests decide.
         """
         self.release(slot)
-        request = self._requests[slot] = _Request()
+        request = self._requests[slot] = Request()
         try:
             request.streams = [self._open(prompt, one) for one in steering]
         except Exception as error:  # any cause must end the request, never the engine
@@ -168,6 +141,7 @@ class DeltaController:
 
     def advance(self, slot: int, token_ids: Sequence[int]) -> None:
         """Append response tokens to a request."""
+        self._finish_ahead()
         request = self._requests[slot]
         if request.failed or not token_ids:
             return
@@ -179,9 +153,28 @@ class DeltaController:
 
     def release(self, slot: int) -> None:
         """Forget a request and free its cache; a slot that nobody holds is fine."""
+        self._finish_ahead()
         request = self._requests.pop(slot, None)
         for stream in request.streams if request else ():
             self._drop_cache(stream)
+        if self._retired:
+            self._forget_retired()
+
+    def begin(self, slots: Sequence[int], device: torch.device) -> None:
+        """Run the deltas of these slots beside whatever the caller does until :meth:`shift`.
+
+        Nothing else of the controller is touched meanwhile: every other method waits for the end first.
+
+        Args:
+            slots: those that the next :meth:`shift` will want. Should it want others, it starts anew.
+            device: where the logits will be.
+        """
+        if self._beside is None:
+            return
+        self._finish_ahead()
+        requests = self._running(slots)
+        if requests:
+            self._ahead = _Ahead(list(slots), self._beside.start(lambda: self._run_deltas(requests, device)))
 
     def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> Tensor:
         """Apply the rule in place.
@@ -198,12 +191,15 @@ class DeltaController:
         """
         steered = [(row, self._requests[slot]) for row, slot in rows]
         self._agree(steered, logits.device)
-        outputs = self._run_deltas([request for _, request in steered if not request.failed], logits.device)
+        slots = [slot for _, slot in rows]
+        outputs = self._take_ahead(slots)
+        if outputs is None:
+            outputs = self._run_aside(self._running(slots), logits.device)
         self._agree(steered, logits.device)
         if self._exchange is not None:
             for output in outputs.values():
                 self._exchange.broadcast(output.logits)
-        for members in _same_deltas(steered).values():
+        for members in same_deltas(steered).values():
             try:
                 self._apply(members, outputs, logits)
             except Exception as error:  # see admit
@@ -214,7 +210,22 @@ class DeltaController:
                 self._end(logits[row])
         return logits
 
-    def _apply(self, members: list[_Row], outputs: dict[LoadedDelta, _Output], logits: Tensor) -> None:
+    def _running(self, slots: Sequence[int]) -> list[Request]:
+        return [request for slot in slots if not (request := self._requests[slot]).failed]
+
+    def _take_ahead(self, slots: list[int]) -> dict[LoadedDelta, Output] | None:
+        """What was begun for just these slots; their requests are still the same, see :meth:`_finish_ahead`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        outputs = ahead.outputs.result()
+        return outputs if ahead.slots == slots else None
+
+    def _finish_ahead(self) -> None:
+        """Wait for what was begun, and drop it: its inputs are about to change."""
+        self._take_ahead([])
+
+    def _apply(self, members: list[Row], outputs: dict[LoadedDelta, Output], logits: Tensor) -> None:
         """The rule for rows that share their deltas and policy."""
         index = torch.tensor([row for row, _ in members], device=logits.device)
         first = members[0][1]
@@ -223,13 +234,31 @@ class DeltaController:
             streams = [request.streams[position] for _, request in members]
             strengths = torch.tensor([one.strength for one in streams], device=logits.device)
             shifts.append(Shift(outputs[stream.delta].of(streams), stream.delta.delta_ids, strengths))
-        fuse_(logits, index, shifts, first.unmapped)
+        self._apply_rule(logits, index, shifts, first.unmapped)
         if self._reserved is not None:
             logits[index, self._reserved] = -torch.inf
 
-    def _run_deltas(self, requests: Sequence[_Request], device: torch.device) -> dict[LoadedDelta, _Output]:
+    def _run_aside(self, requests: Sequence[Request], device: torch.device) -> dict[LoadedDelta, Output]:
+        """On a GPU the user LLM's forward pass is queued already when :meth:`shift` is called, and hardly begun.
+
+        In a stream of their own the deltas run beside it, and are waited for only where their logits are used.
+        """
+        if device.type != "cuda" or not self._overlaps:
+            return self._run_deltas(requests, device)
+        main = torch.cuda.current_stream(device)
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._side_stream.wait_stream(main)  # the weights were loaded there
+        with torch.cuda.stream(self._side_stream):
+            outputs = self._run_deltas(requests, device)
+        main.wait_stream(self._side_stream)
+        for output in outputs.values():
+            output.logits.record_stream(main)  # or their memory would be used again too early
+        return outputs
+
+    def _run_deltas(self, requests: Sequence[Request], device: torch.device) -> dict[LoadedDelta, Output]:
         """One forward pass per delta over all its rows; on ranks that do not lead, the room for the leader's."""
-        by_delta: dict[LoadedDelta, list[tuple[_Request, _Stream]]] = {}
+        by_delta: dict[LoadedDelta, list[tuple[Request, Stream]]] = {}
         for request in requests:
             for stream in request.streams:
                 by_delta.setdefault(stream.delta, []).append((request, stream))
@@ -238,10 +267,10 @@ class DeltaController:
             logits = self._run(pairs) if self._exchange is None or self._exchange.is_leader else None
             if logits is None:
                 logits = torch.zeros(len(pairs), delta.runner.vocab_size, device=device)
-            outputs[delta] = _Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
+            outputs[delta] = Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
         return outputs
 
-    def _run(self, pairs: list[tuple[_Request, _Stream]]) -> Tensor | None:
+    def _run(self, pairs: list[tuple[Request, Stream]]) -> Tensor | None:
         """[len(pairs), D] float32, zeros for streams that have nothing to read; None if the delta failed."""
         runner = pairs[0][1].delta.runner
         try:
@@ -271,15 +300,17 @@ class DeltaController:
         spread = torch.zeros(len(pairs), runner.vocab_size, device=logits.device)
         return spread.index_copy_(0, torch.tensor(rows, device=logits.device, dtype=torch.int64), logits)
 
-    def _agree(self, steered: Sequence[_Row], device: torch.device) -> None:
+    def _agree(self, steered: Sequence[Row], device: torch.device) -> None:
         """Take over the leader's word on which requests failed."""
         if self._exchange is not None:
             failed = agree(self._exchange, [request.failed for _, request in steered], device)
             for (_, request), has_failed in zip(steered, failed, strict=True):
                 request.failed = has_failed
 
-    def _open(self, prompt: Sequence[int] | None, steering: Steering) -> _Stream:
+    def _open(self, prompt: Sequence[int] | None, steering: Steering) -> Stream:
         delta = self._deltas.get(steering.name)
+        if steering.version is not None:
+            delta = self._kept.get((steering.name, steering.version), delta)
         if delta is None:
             raise DeltaRuntimeError(f"delta {steering.name!r} is not loaded")
         if steering.version is not None and steering.version != delta.artifact.version:
@@ -291,11 +322,11 @@ class DeltaController:
             if prompt is None:
                 raise DeltaRuntimeError("the prompt has no token ids")
             prompt_ids = delta.prompt_ids(prompt)
-        stream = _Stream(delta, steering.strength, DeltaInput(delta.speller, prompt_ids))
+        stream = Stream(delta, steering.strength, self._input(delta.speller, prompt_ids))
         stream.extend(())
         return stream
 
-    def _cache(self, request: _Request, stream: _Stream, pairs: list[tuple[_Request, _Stream]]) -> bool:
+    def _cache(self, request: Request, stream: Stream, pairs: list[tuple[Request, Stream]]) -> bool:
         """See that a stream holds a cached sequence, taking one from a row that is not in this step if need be."""
         cached = self._cached[stream.delta]
         if stream.sequence is None:
@@ -312,13 +343,22 @@ class DeltaController:
         cached.move_to_end(id(stream))
         return True
 
-    def _drop_cache(self, stream: _Stream) -> None:
+    def _drop_cache(self, stream: Stream) -> None:
         if stream.sequence is not None:
             stream.sequence.free()
             stream.sequence, stream.keep = None, 0
             del self._cached[stream.delta][id(stream)]
 
-    def _fail(self, request: _Request, reason: str) -> None:
+    def _forget_retired(self) -> None:
+        for key in list(self._retired):
+            delta = self._kept.get(key)
+            if delta is None or not self.num_running(delta):
+                self._retired.discard(key)
+                self._kept.pop(key, None)
+                if delta is not None:
+                    del self._cached[delta]
+
+    def _fail(self, request: Request, reason: str) -> None:
         if not request.failed:
             logger.error("A steered request ends with an error: %s.", reason)
         request.failed = True
@@ -328,15 +368,3 @@ class DeltaController:
     def _end(self, row: Tensor) -> None:
         row.fill_(-torch.inf)
         row[self._reserved] = 0.0
-
-
-def _same_deltas(
-    steered: Sequence[tuple[int, _Request]],
-) -> dict[tuple[Unmapped | LoadedDelta, ...], list[tuple[int, _Request]]]:
-    """Rows grouped by their deltas and policy, so that each group is one application of the rule."""
-    groups: dict[tuple[Unmapped | LoadedDelta, ...], list[tuple[int, _Request]]] = {}
-    for row, request in steered:
-        if not request.failed:
-            key = (request.unmapped, *(stream.delta for stream in request.streams))
-            groups.setdefault(key, []).append((row, request))
-    return groups

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cmc_server.config import Unmapped
-from cmc_server.fusion.controller import DeltaController, Steering
+from cmc_server.fusion.controller import DeltaController
+from cmc_server.fusion.streams import Steering
 
 
 @dataclass(frozen=True)

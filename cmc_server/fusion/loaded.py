@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +14,14 @@ from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.delta.runner import DeltaRunner
 from cmc_server.delta.spelling import Speller
-from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.delta.store import DeltaArtifact, open_delta, vocabulary_version
 from cmc_server.errors import DeltaError
 from cmc_server.vocab.special import read_overrides
 from cmc_server.vocab.surface import Vocabulary, load_vocabulary
 from cmc_server.vocab.vocab_map import VocabularyMap, cached_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,34 +54,82 @@ class LoadedDelta:
         return [*self.encoder.bos_ids, *self.speller.spell_prompt(user_prompt)]
 
 
+@dataclass(frozen=True)
+class _Words:
+    """What depends on two vocabularies and on nothing else of a delta."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_map: VocabularyMap
+    speller: Speller
+
+
+class DeltaLoader:
+    """Makes deltas ready for one user LLM. What deltas of one vocabulary have in common is made once.
+
+    Args:
+        user: the user LLM's vocabulary.
+        settings: the server's settings.
+        max_seqs: rows that each delta may run at once.
+        device: where deltas run.
+    """
+
+    def __init__(self, user: Vocabulary, settings: EngineSettings, *, max_seqs: int, device: torch.device) -> None:
+        self._user = user
+        self._settings = settings
+        self._max_seqs = max_seqs
+        self._device = device
+        self._words: dict[str, _Words] = {}
+
+    def load(self, source: DeltaSource) -> LoadedDelta:
+        """Check, map and load a delta.
+
+        Raises:
+            DeltaError: the artifact cannot be used, or its map covers too little of the user vocabulary.
+            MapError: the map cannot be built.
+        """
+        artifact = open_delta(source)
+        words = self._words_of(artifact)
+        settings, vocab_map = self._settings, words.vocab_map
+        if vocab_map.coverage < settings.min_coverage and not settings.force_coverage:
+            raise DeltaError(
+                f"The delta {artifact.name!r} knows only {vocab_map.coverage:.0%} of the user LLM's tokens, less than "
+                f"{settings.min_coverage:.0%}; force it with --force-coverage if that is what you want."
+            )
+        runner = DeltaRunner(
+            artifact,
+            max_seqs=self._max_seqs,
+            device=self._device,
+            dtype=delta_dtype(settings, self._device),
+            fast_paths=settings.fast_paths,
+        )
+        return LoadedDelta(
+            artifact=artifact,
+            runner=runner,
+            speller=words.speller,
+            encoder=PromptEncoder(words.tokenizer, artifact.manifest),
+            vocab_map=vocab_map,
+            delta_ids=map_tensor(vocab_map, runner.vocab_size, self._device),
+        )
+
+    def _words_of(self, artifact: DeltaArtifact) -> _Words:
+        # The size of the logits is checked against the tokenizer when that is loaded, so it belongs to the key.
+        key = f"{vocabulary_version(artifact.path)} {artifact.vocab_size}"
+        if key not in self._words:
+            settings = self._settings
+            tokenizer = artifact.tokenizer()
+            delta = load_vocabulary(str(artifact.path))
+            overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
+            cache = Path(settings.cache_dir) if settings.cache_dir else None
+            vocab_map = cached_map(self._user, delta, overrides, cache)
+            self._words[key] = _Words(tokenizer, vocab_map, Speller(self._user, delta, vocab_map, tokenizer))
+        return self._words[key]
+
+
 def load_delta(
     source: DeltaSource, user: Vocabulary, settings: EngineSettings, *, max_seqs: int, device: torch.device
 ) -> LoadedDelta:
-    """Check, map and load a delta for a user LLM.
-
-    Raises:
-        DeltaError: the artifact cannot be used, or its map covers too little of the user vocabulary.
-        MapError: the map cannot be built.
-    """
-    artifact = open_delta(source)
-    tokenizer = artifact.tokenizer()
-    delta = load_vocabulary(str(artifact.path))
-    overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
-    vocab_map = cached_map(user, delta, overrides, Path(settings.cache_dir) if settings.cache_dir else None)
-    if vocab_map.coverage < settings.min_coverage and not settings.force_coverage:
-        raise DeltaError(
-            f"The delta {artifact.name!r} knows only {vocab_map.coverage:.0%} of the user LLM's tokens, less than "
-            f"{settings.min_coverage:.0%}; force it with --force-coverage if that is what you want."
-        )
-    runner = DeltaRunner(artifact, max_seqs=max_seqs, device=device, dtype=delta_dtype(settings, device))
-    return LoadedDelta(
-        artifact=artifact,
-        runner=runner,
-        speller=Speller(user, delta, vocab_map, tokenizer),
-        encoder=PromptEncoder(tokenizer, artifact.manifest),
-        vocab_map=vocab_map,
-        delta_ids=map_tensor(vocab_map, runner.vocab_size, device),
-    )
+    """Make one delta ready, see :class:`DeltaLoader`."""
+    return DeltaLoader(user, settings, max_seqs=max_seqs, device=device).load(source)
 
 
 def map_tensor(vocab_map: VocabularyMap, num_delta_logits: int, device: torch.device) -> Tensor | None:

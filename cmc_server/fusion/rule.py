@@ -81,12 +81,17 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
     if logits.is_cuda and len(shifts) == 1:
         return _fuse_by_kernel(logits, rows, shifts[0], preserve)
     if preserve:
-        return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))
+        return fuse_by_copy_(logits, rows, shifts, unmapped)
     for shift in shifts:
         scaled = _scaled(shift)
         width = min(scaled.shape[1], logits.shape[1])
         logits[:, :width].index_add_(0, rows, scaled[:, :width])
     return logits
+
+
+def fuse_by_copy_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmapped = "zero") -> Tensor:
+    """:func:`fuse_` as :func:`fuse` itself does it: a copy of the rows, and another of what is added."""
+    return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))
 
 
 def _fuse_by_kernel(logits: Tensor, rows: Tensor, shift: Shift, preserve: bool) -> Tensor:

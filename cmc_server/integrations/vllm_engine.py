@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from vllm.exceptions import GenerationError
 
 from cmc_server.errors import CapacityError
-from cmc_server.integrations.request_args import EXTRA_ARGS_KEY
+from cmc_server.integrations.request_args import EXTRA_ARGS_KEY, read_controls
 
 
 class RowGate:
@@ -112,10 +112,14 @@ def guard_engine(
     *,
     reserved_token_id: int | None,
     gate: RowGate,
+    required: Mapping[str, float],
     on_failure: Callable[[], None],
     on_shutdown: Callable[[], None],
 ) -> None:
     """Install the guard on this engine client.
+
+    Nothing is generated without the required deltas, whichever way it came: the front door adds them to the requests
+    that it knows, and what it does not know ends here.
 
     A steered request gets the reserved token among its stop tokens, waits at the gate, and ends with vLLM's own
     ``GenerationError`` as soon as the reserved token comes out: a 500, or an error event in a stream. No text of that
@@ -125,6 +129,7 @@ def guard_engine(
         engine_client: vLLM's ``AsyncLLM``.
         reserved_token_id: the token by which the workers report a failed delta.
         gate: limits the rows that are steered at once.
+        required: strengths of the deltas that every request must have, by name.
         on_failure: called for each request that fails.
         on_shutdown: called when vLLM begins to stop the engine, before it waits for running requests.
     """
@@ -133,6 +138,8 @@ def guard_engine(
     def guarded_generate(
         prompt: Any, sampling_params: Any, request_id: str, **arguments: Any
     ) -> AsyncGenerator[Any, None]:
+        if required:
+            _check_required(sampling_params.extra_args, required)
         if EXTRA_ARGS_KEY not in (sampling_params.extra_args or {}):
             outputs: AsyncGenerator[Any, None] = generate(prompt, sampling_params, request_id, **arguments)
             return outputs
@@ -159,6 +166,18 @@ def guard_engine(
 
     engine_client.generate = guarded_generate
     engine_client.shutdown = guarded_shutdown
+
+
+def _check_required(extra_args: Mapping[str, Any] | None, required: Mapping[str, float]) -> None:
+    """Refuse what would run without a required delta.
+
+    Raises:
+        ValueError: one is missing, or has another strength; vLLM answers 400.
+    """
+    controls = read_controls(extra_args)
+    given = {delta.name: delta.strength for delta in controls.deltas} if controls else {}
+    if any(given.get(name) != strength for name, strength in required.items()):
+        raise ValueError(f"This server requires {', '.join(required)}, which this request cannot carry.")
 
 
 def _with_stop_token(params: Any, token: int | None) -> Any:

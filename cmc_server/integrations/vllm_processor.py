@@ -20,6 +20,7 @@ from cmc_server.integrations.vllm_v2 import V2Adapter
 from cmc_server.integrations.vllm_worker import start_deltas
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
@@ -45,8 +46,8 @@ class DeltaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
             deltas = start_deltas(vllm_config, req_states.device, "v2")
             self._v2 = V2Adapter(deltas, req_states)
         else:
-            deltas = start_deltas(vllm_config, arguments[0], "v1")
-            self._v1 = V1Adapter(deltas)
+            self._device: torch.device = arguments[0]
+            self._v1 = V1Adapter(start_deltas(vllm_config, self._device, "v1"))
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -65,10 +66,11 @@ class DeltaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """V1: requests came, went or moved."""
+        """V1: before every forward pass; requests came, went or moved."""
         assert self._v1 is not None
         if batch_update is not None:
             self._v1.update(batch_update)
+        self._v1.begin(self._device)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """MRV2: a request took a slot; whether it is steered."""

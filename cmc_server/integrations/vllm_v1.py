@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from cmc_server.errors import DeltaRuntimeError
@@ -62,10 +63,22 @@ class V1Adapter:
             elif met is not None:
                 self._controller.release(met.slot)
 
+    def begin(self, device: torch.device) -> None:
+        """Before the user LLM's forward pass: let the deltas run beside it, if their input is complete.
+
+        Under asynchronous scheduling it is not: the last tokens are still on their way.
+        """
+        tracked = [one for _, one in sorted(self._batch.items())]
+        if not tracked or any(one.outputs and one.outputs[-1] < 0 for one in tracked):
+            return
+        for one in tracked:
+            self._follow(one)
+        self._controller.begin([one.slot for one in tracked], device)
+
     def apply(self, logits: Tensor) -> Tensor:
         """Give new tokens to the controller, then let it change the rows.
 
-        Tokens are taken here and not in :meth:`update`, since only now are they complete under asynchronous scheduling.
+        Tokens are taken here too, since only now are they complete under asynchronous scheduling.
         """
         if not self._batch:
             return logits

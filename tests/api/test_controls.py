@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from cmc_server.api.controls import (
     read_controls,
     rewritten,
 )
+from cmc_server.config import DeltaDose
 from cmc_server.errors import ControlsError
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
@@ -247,3 +249,93 @@ def test_the_schema_of_the_field() -> None:
     assert "default" not in schema["properties"]["unmapped"]
     assert schema["$defs"]["DeltaChoice"]["properties"]["strength"]["type"] == "number"
     assert schema["$defs"]["DeltaChoice"]["required"] == ["name"]
+
+
+class TestDefault:
+    """Deltas of requests that name none."""
+
+    offer = replace(OFFER, defaults=(DeltaDose(name="forget"), DeltaDose(name="concise", strength=2)))
+
+    def steered(self, body: dict[str, Any], route: str = CHAT) -> str:
+        controls = read_controls(body, route, self.offer)
+        return "nothing" if controls is None else format_deltas(controls.deltas).replace("aaaaaaaaaaaa", "a")
+
+    @pytest.mark.parametrize("body", [{}, {"model": "base"}, {"model": "alias"}, {"model": "unknown"}])
+    def test_a_request_that_names_nothing(self, body: dict[str, Any]) -> None:
+        controls = read_controls(body, CHAT, self.offer)
+        assert controls is not None
+        assert [(delta.name, delta.strength) for delta in controls.deltas] == [("forget", 0.5), ("concise", 2.0)]
+        assert controls.unmapped == "preserve"
+        assert controls.model is None  # the answer's model stays what it is
+
+    def test_a_request_that_names_something(self) -> None:
+        assert self.steered({"cmc": {"deltas": []}}) == "none"
+        assert self.steered({"cmc": {}}) == "none"
+        assert self.steered({"model": "concise"}) == "concise@1#a"
+        assert self.steered(cmc({"name": "concise", "strength": 0})) == "concise@0#a"
+
+    def test_other_routes_go_without(self) -> None:
+        assert self.steered({"model": "base"}, "/v1/embeddings") == "nothing"
+
+    def test_options_that_no_delta_supports_need_the_base_model(self) -> None:
+        with pytest.raises(ControlsError, match="prompt_logprobs"):
+            read_controls({"prompt_logprobs": 1}, COMPLETIONS, self.offer)
+        assert self.steered({"prompt_logprobs": 1, "cmc": {"deltas": []}}, COMPLETIONS) == "none"
+
+
+class TestRequired:
+    """No body gets around a required delta."""
+
+    offer = replace(OFFER, required=(DeltaDose(name="forget", strength=2),))
+
+    @pytest.mark.parametrize(
+        ("body", "others"),
+        [
+            ({}, []),
+            ({"model": "base"}, []),
+            ({"model": "unknown"}, []),
+            ({"model": 1}, []),
+            ({"cmc": {"deltas": []}}, []),
+            ({"model": "forget@2"}, []),
+            ({"model": "concise@0+forget@2"}, [("concise", 0.0)]),
+            (cmc({"name": "concise", "strength": -1}, {"name": "third"}), [("concise", -1.0), ("third", 1.0)]),
+        ],
+    )
+    @pytest.mark.parametrize("route", STEERED_ROUTES)
+    def test_it_is_added(self, body: dict[str, Any], others: list[tuple[str, float]], route: str) -> None:
+        controls = read_controls(body, route, self.offer)
+        assert controls is not None
+        assert [(delta.name, delta.strength) for delta in controls.deltas] == [("forget", 2.0), *others]
+
+    @pytest.mark.parametrize(
+        "body",
+        [{"model": "forget"}, {"model": "forget@0"}, cmc({"name": "forget", "strength": 2.5}), {"model": "forget@-2"}],
+    )
+    def test_it_cannot_be_changed(self, body: dict[str, Any]) -> None:
+        with pytest.raises(ControlsError, match="required on this server with the strength 2"):
+            read_controls(body, CHAT, self.offer)
+
+    @pytest.mark.parametrize(
+        ("route", "body"),
+        [
+            (COMPLETIONS, {"prompt_logprobs": 0}),
+            (COMPLETIONS, {"echo": True, "logprobs": 1}),
+            (COMPLETIONS, {"use_beam_search": True}),
+            (RESPONSES, {"background": True}),
+            (CHAT, {"vllm_xargs": {"cmc": "{}"}}),
+        ],
+    )
+    def test_no_option_shows_the_base_model(self, route: str, body: dict[str, Any]) -> None:
+        with pytest.raises(ControlsError):
+            read_controls(body, route, self.offer)
+
+    @pytest.mark.parametrize(
+        "route", ["/v1/embeddings", "/inference/v1/generate", "/v1/audio/transcriptions", "/v2/chat", "/invocations"]
+    )
+    def test_routes_that_cannot_carry_it_are_closed(self, route: str) -> None:
+        with pytest.raises(ControlsError, match="this server requires forget"):
+            read_controls({"model": "base"}, route, self.offer)
+
+    @pytest.mark.parametrize("route", ["/tokenize", "/v1/messages/count_tokens", "/v1/load_lora_adapter"])
+    def test_routes_that_generate_nothing_stay_open(self, route: str) -> None:
+        assert read_controls({"model": "base"}, route, self.offer) is None

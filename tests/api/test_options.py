@@ -13,7 +13,7 @@ from tiny_models import make_delta, make_tokenizer
 from cmc_server.api.options import parse_options
 from cmc_server.api.preflight import UserModel, check_deltas, check_names
 from cmc_server.api.server import allowed_plugins, run_serve
-from cmc_server.config import DeltaSource, EngineSettings
+from cmc_server.config import DeltaDose, DeltaSource, EngineSettings
 from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.errors import CapacityError, ConfigError, DeltaError, UserError
 from cmc_server.vocab.surface import load_vocabulary
@@ -24,13 +24,16 @@ def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
         "model", "--port", "0", "--delta", "a=x@0.5", "--hf-overrides", '{"a": -1}', "--delta=b=org/b", "-tp", "2",
         "--strength-bounds", "-2", "3", "--max-deltas", "7", "--max-delta-seqs", "9", "--delta-memory", "0.5",
         "--delta-dtype", "float32", "--min-coverage", "0.1", "--force-coverage", "--map-overrides", "o.json",
-        "--delta-cache-dir", "cache", "--served-model-name", "m1", "m2", "-1",
+        "--default-delta", "a@2", "--require-delta=b", "--require-delta", "a@-1",
+        "--delta-cache-dir", "cache", "--delta-fast-paths", "rule,head", "--served-model-name", "m1", "m2", "-1",
     ]  # fmt: skip
     settings, rest = parse_options(argv)
     assert rest == ["model", "--port", "0", "--hf-overrides", '{"a": -1}', "-tp", "2",
                     "--served-model-name", "m1", "m2", "-1"]  # fmt: skip
     assert settings == EngineSettings(
         deltas=(DeltaSource(name="a", path="x", strength=0.5), DeltaSource(name="b", path="org/b")),
+        default_deltas=(DeltaDose(name="a", strength=2),),
+        required_deltas=(DeltaDose(name="b"), DeltaDose(name="a", strength=-1)),
         strength_bounds=(-2, 3),
         max_deltas_per_request=7,
         max_delta_seqs=9,
@@ -40,11 +43,18 @@ def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
         force_coverage=True,
         map_overrides="o.json",
         cache_dir="cache",
+        fast_paths=frozenset({"rule", "head"}),
     )
 
 
 def test_nothing_given_is_the_default() -> None:
     assert parse_options(["model", "--dtype", "float32"]) == (EngineSettings(), ["model", "--dtype", "float32"])
+
+
+def test_no_fast_path_at_all() -> None:
+    settings, _ = parse_options(["model", "--delta-fast-paths", "none"])
+    assert settings.fast_paths == frozenset()
+    assert EngineSettings.model_validate_json(settings.model_dump_json()) == settings
 
 
 @pytest.mark.parametrize("bounds", [["--strength-bounds", "-1,2"], ["--strength-bounds=-1,2"]])
@@ -67,6 +77,13 @@ def test_bounds_in_one_word(bounds: list[str]) -> None:
         (["m", "--max-deltas", "0"], "greater than or equal to 1"),
         (["m", "--delta-memory", "nan"], "finite"),
         (["m", "--delta-dtype", "int8"], "float32"),
+        (["m", "--delta-fast-paths", "head,warp"], "'overlap'"),
+        (["m", "--default-delta", "a"], "default delta 'a' is not among"),
+        (["m", "--delta", "a=x", "--require-delta", "b@1"], "required delta 'b' is not among"),
+        (["m", "--delta", "a=x", "--require-delta", "a@"], "NAME@STRENGTH"),
+        (["m", "--delta", "a=x", "--require-delta", "a@1", "--require-delta", "a@2"], "more than once"),
+        (["m", "--delta", "a=x", "--require-delta", "a@9"], "within"),
+        (["m", "--delta", "a=x", "--require-delta", "a@0"], "would change nothing"),
     ],
 )
 def test_mistakes_are_one_sentence(argv: list[str], words: str) -> None:
@@ -149,6 +166,13 @@ def test_a_strength_outside_the_bounds(tiny_tokenizer: Path, tmp_path: Path) -> 
     delta = make_delta(tmp_path / "delta", tiny_tokenizer, manifest=DeltaManifest(default_strength=5))
     with pytest.raises(ConfigError, match="outside -4 to 4"):
         check_deltas(settings_for(delta, tmp_path), UserModel(str(tiny_tokenizer), 400))
+
+
+def test_a_required_delta_must_do_something(tiny_delta: Path, tiny_tokenizer: Path) -> None:
+    deltas = (DeltaSource(name="tiny", path=str(tiny_delta), strength=0),)
+    settings = EngineSettings(deltas=deltas, required_deltas=(DeltaDose(name="tiny"),))
+    with pytest.raises(ConfigError, match="tiny@STRENGTH"):
+        check_deltas(settings, UserModel(str(tiny_tokenizer), 400))
 
 
 def test_memory(tiny_delta: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_the_list_of_deltas(client: TestClient, versions: dict[str, str]) -> Non
     assert picky["version"] == versions["picky"]
     assert picky["strength"] == 0.5
     assert picky["advised_range"] == [0.0, 2.0]
+    assert picky["strength_bounds"] == [-4.0, 4.0]
     assert picky["unmapped"] == "preserve"
     assert picky["context_length"] == 64
     assert (picky["state"], picky["coverage"], picky["match"]) == ("loaded", 1.0, {"exact": 3})

@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
@@ -27,7 +28,19 @@ from cmc_server.errors import CapacityError, DeltaError
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 256}
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+FAST: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SMALL),
+    "llama, biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama, linear angles": LlamaConfig(**SMALL, rope_parameters=ROPE | {"rope_type": "linear"}),
+    "llama, llama 3's angles": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
+}
 CONFIGS: dict[str, PreTrainedConfig] = {
+    **FAST,
+    "llama, angles that depend on the length": LlamaConfig(**SMALL, rope_parameters=ROPE | {"rope_type": "dynamic"}),
+    "llama, another activation": LlamaConfig(**SMALL, hidden_act="gelu"),
     "mistral, sliding window": MistralConfig(**SMALL, sliding_window=6),
     "qwen3, query-key norms": Qwen3Config(**SMALL),
     "gemma3, mixed windows": Gemma3TextConfig(
@@ -86,7 +99,9 @@ def test_bfloat16(artifact: DeltaArtifact) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_architectures(name: str, tmp_path: Path) -> None:
     artifact = random_model(tmp_path, CONFIGS[name])
-    grow_and_roll_back(DeltaRunner(artifact, max_seqs=4, device=CPU), artifact, steps=10, tolerance=1e-4)
+    runner = DeltaRunner(artifact, max_seqs=4, device=CPU)
+    assert (runner._fast is not None) == (name in FAST)
+    grow_and_roll_back(runner, artifact, steps=10, tolerance=1e-4)
 
 
 def test_a_long_prompt_is_read_in_pieces(artifact: DeltaArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +148,7 @@ def test_a_full_cache_is_said_and_survived(artifact: DeltaArtifact) -> None:
 
 def test_memory_is_known_before_loading(artifact: DeltaArtifact) -> None:
     runner = DeltaRunner(artifact, max_seqs=3, device=CPU)
-    assert memory_needed(artifact, 3, value_bytes=4) == pytest.approx(runner.memory_bytes, rel=0.01)
+    assert memory_needed(artifact, 3, value_bytes=4, on_cpu=True) == pytest.approx(runner.memory_bytes, rel=0.01)
 
 
 def test_attention_that_is_not_standard_is_refused(tmp_path: Path) -> None:
@@ -152,3 +167,11 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DeltaError, match="up_proj"):
         DeltaRunner(open_delta(DeltaSource(name="d", path=str(tmp_path))), max_seqs=1, device=CPU)
+
+
+def test_what_a_block_held_before_does_not_matter(artifact: DeltaArtifact) -> None:
+    runner = DeltaRunner(artifact, max_seqs=3, device=CPU)
+    runner._pool.cached.fill_(float("nan"))
+    inputs = [[1, 2, 3], list(range(40)), [5]]
+    logits = runner.forward([Feed(runner.new_sequence(), ids, 0) for ids in inputs])
+    torch.testing.assert_close(logits, expected(artifact, inputs), atol=1e-4, rtol=1e-4)

@@ -10,12 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_checkpoints import rewrite, shard, weights_of
+from tiny_models import make_delta, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from cmc_server.cli import main
 from cmc_server.config import DeltaSource
 from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.delta.packed import PACKED_FILE, is_packed, load_packed, unpack_folder, unpack_signs
+from cmc_server.delta.runner import DeltaRunner, Feed
 from cmc_server.delta.store import open_delta
 from cmc_server.editing.packed import pack_signs
 from cmc_server.errors import DeltaError
@@ -42,6 +44,25 @@ def test_signs_survive_any_length(length: int) -> None:
 
 def test_the_lowest_bit_comes_first() -> None:
     assert pack_signs(torch.tensor([[1.0, -1, -1, 0, -1, -1, -1, -1, 1]])).tolist() == [[0b1001, 0b1]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_delta_runs_as_the_regular_one(tmp_path: Path, tied: bool) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    delta = make_delta(tmp_path / "delta", tokenizer)
+    if tied:
+        model = AutoModelForCausalLM.from_pretrained(delta)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        model.save_pretrained(delta)
+    folders = [pack("zero", delta, tmp_path / "packed"), regular("zero", delta, tmp_path / "regular")]
+    ids = [1, 5, 9, 30, 2]
+    runners = [
+        DeltaRunner(open_delta(DeltaSource(name="d", path=str(folder))), max_seqs=1, device=torch.device("cpu"))
+        for folder in folders
+    ]
+    packed, expected = (runner.forward([Feed(runner.new_sequence(), ids, 0)]) for runner in runners)
+    assert torch.equal(packed, expected)
 
 
 @pytest.mark.parametrize("more", [[], ["--granularity", "tensor"], ["--factor", "1.5", "--exclude", "lm_head*"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ import pytest
 import torch
 from steered import Steered
 
-from cmc_server.config import Unmapped
+from cmc_server.config import FAST_PATHS, Unmapped
 from cmc_server.errors import DeltaRuntimeError
+from cmc_server.fusion.beside import Beside, spare_cores
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.reference import ReferenceFusedLM
 from cmc_server.integrations.request_args import ActiveDelta
@@ -43,11 +45,14 @@ def oracle(steered: Steered) -> ReferenceFusedLM:
     return ReferenceFusedLM(steered.user, steered.deltas)
 
 
-@pytest.fixture
-def controller(steered: Steered) -> Iterator[DeltaController]:
-    made = DeltaController(RESERVED)
+@pytest.fixture(params=["all", *(f"without {path}" for path in sorted(FAST_PATHS))])
+def controller(steered: Steered, request: pytest.FixtureRequest) -> Iterator[DeltaController]:
+    """With every fast path on, and with each one off."""
+    fast_paths = FAST_PATHS - {request.param.removeprefix("without ")}
+    beside = Beside(frozenset(os.sched_getaffinity(0))) if "overlap" in fast_paths else None
+    made = DeltaController(RESERVED, beside=beside, fast_paths=fast_paths)
     for name in steered.deltas:
-        made.load(steered.load(name))
+        made.load(steered.load(name, fast_paths=fast_paths))
     yield made
 
 
@@ -74,6 +79,7 @@ def step(controller: DeltaController, oracle: ReferenceFusedLM, rows: Sequence[t
     """One engine step over (slot, request) rows, checked row by row; base rows bit by bit."""
     before = torch.stack([base_logits(oracle, request) for _, request in rows])
     named = [(row, slot) for row, (slot, request) in enumerate(rows) if request.strengths]
+    controller.begin([slot for _, slot in named], before.device)
     after = controller.shift(named, before.clone())
     for row, (_, request) in enumerate(rows):
         if request.strengths:
@@ -194,6 +200,41 @@ def test_an_empty_prompt_without_bos(controller: DeltaController, oracle: Refere
     step(controller, oracle, [(0, request)])
 
 
+def test_what_was_begun_for_others_is_not_used(controller: DeltaController, oracle: ReferenceFusedLM) -> None:
+    requests = [Request([1, 2], {"same": 1.0}), Request([3], {"same": 2.0, "other": 1.0}), Request([4], {"same": 1.0})]
+    for slot, request in enumerate(requests):
+        controller.admit(slot, request.prompt, request.steering, request.unmapped)
+
+    def check(slots: list[int]) -> None:
+        logits = torch.stack([base_logits(oracle, requests[slot]) for slot in slots])
+        controller.shift(list(enumerate(slots)), logits)
+        for row, slot in enumerate(slots):
+            torch.testing.assert_close(logits[row], expected(oracle, requests[slot]), **TOLERANCE)
+
+    controller.begin([0, 1, 2], torch.device("cpu"))
+    check([2, 0])  # some of them, in another order
+    controller.begin([0, 1], torch.device("cpu"))
+    controller.advance(1, [7, 8])  # one went on
+    requests[1].response += [7, 8]
+    check([0, 1])
+    controller.begin([0, 1], torch.device("cpu"))
+    requests[0] = Request([9], {"same": -1.0})
+    controller.admit(0, requests[0].prompt, requests[0].steering, "zero")  # one slot has a new request
+    check([0, 1])
+    controller.begin([0, 2], torch.device("cpu"))
+    controller.begin([1, 2], torch.device("cpu"))
+    controller.release(0)
+    check([1, 2])
+
+
+def test_spare_cores() -> None:
+    allowed = frozenset(range(6))
+    assert spare_cores("{0,1,2}", allowed) == {3, 4, 5}
+    assert spare_cores("granularity=fine,explicit,proclist=[0,5]", allowed) == {1, 2, 3, 4}
+    assert spare_cores("0 1 2 3 4 5", allowed) == frozenset()
+    assert spare_cores(None, allowed) == frozenset()  # not bound: no core is known to be free
+
+
 def assert_ended(row: torch.Tensor) -> None:
     assert row[RESERVED] == 0
     assert torch.isfinite(row).sum() == 1
@@ -214,6 +255,7 @@ class TestFailure:
 
         monkeypatch.setattr(controller.deltas["same"].runner, "_logits", explode)
         before = torch.stack([base_logits(oracle, request) for request in (failing, healthy, base)])
+        controller.begin([0, 1], before.device)
         after = controller.shift([(0, 0), (1, 1)], before.clone())
         assert_ended(after[0])
         torch.testing.assert_close(after[1], expected(oracle, healthy), **TOLERANCE)
@@ -234,6 +276,7 @@ class TestFailure:
         requests = [Request([1], {"same": 1.0}), Request([2], {"same": 1.0})]
         for slot, request in enumerate(requests):
             controller.admit(slot, request.prompt, request.steering, request.unmapped)
+        controller.begin([0, 1], torch.device("cpu"))
         after = controller.shift([(0, 0), (1, 1)], torch.zeros(2, oracle.vocabulary.size))
         assert_ended(after[0])
         assert torch.isfinite(after[1]).sum() == after.shape[1] - 1
@@ -250,7 +293,15 @@ class TestFailure:
         controller.admit(0, None, [ActiveDelta(name="same", strength=1)])
         assert_ended(controller.shift([(0, 0)], torch.zeros(1, 50))[0])
 
-    def test_without_a_reserved_token_it_is_raised(self, steered: Steered) -> None:
+    def test_without_a_reserved_token_it_is_raised(self, steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
         controller = DeltaController()
         with pytest.raises(DeltaRuntimeError, match="not loaded"):
             controller.admit(0, [1], [ActiveDelta(name="gone", strength=1)])
+        for beside in (None, Beside(frozenset(os.sched_getaffinity(0)))):
+            controller = DeltaController(beside=beside)
+            controller.load(steered.load("same"))
+            controller.admit(0, [1], [ActiveDelta(name="same", strength=1)])
+            monkeypatch.setattr(controller.deltas["same"].runner, "_logits", lambda *_: 1 / 0)
+            controller.begin([0], torch.device("cpu"))
+            with pytest.raises(DeltaRuntimeError, match="division by zero"):
+                controller.shift([(0, 0)], torch.zeros(1, 50))

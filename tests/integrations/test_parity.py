@@ -52,6 +52,9 @@ class TestParity:
         assert report["runner"] == ["v1"]
         assert report["base_rows_compared"] > 0
 
+    def test_v1_without_fast_paths(self, demo_models: Any, user: str) -> None:
+        parity(getattr(demo_models, user), "v1", f"{FULL} --fast-paths")
+
     def test_generate(self, demo_models: Any, user: str) -> None:
         parity(getattr(demo_models, user), "generate", FULL)
 
@@ -64,12 +67,13 @@ class TestParity:
 @pytest.mark.e2e
 @pytest.mark.slow
 class TestParityUnderPreemption:
-    """Partial prefill, preemption and resumption, with asynchronous scheduling as on a GPU."""
+    """Partial prefill, preemption and resumption, also with asynchronous scheduling as on a GPU."""
 
-    def test_v1(self, demo_models: Any) -> None:
-        report = parity(demo_models.smollm2, "v1", f"--prompts 3 --tokens 32 --strengths 0 2 {PREEMPTED}", ASYNC)
+    @pytest.mark.parametrize("environment", [{}, ASYNC], ids=["in step", "asynchronous"])
+    def test_v1(self, demo_models: Any, environment: dict[str, str]) -> None:
+        report = parity(demo_models.smollm2, "v1", f"--prompts 3 --tokens 32 --strengths 0 2 {PREEMPTED}", environment)
         assert report["preemptions"] > 0
-        assert report["async_scheduling"]
+        assert report["async_scheduling"] == bool(environment)
 
     def test_v2(self, demo_models: Any) -> None:
         options = f"--prompts 2 --tokens 32 --strengths 0 2 {PREEMPTED}"

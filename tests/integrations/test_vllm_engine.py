@@ -62,7 +62,7 @@ class Engine:
         self.stopped.append(timeout)
 
 
-def guard(engine: Any, gate: RowGate | None = None) -> dict[str, int]:
+def guard(engine: Any, gate: RowGate | None = None, required: dict[str, float] | None = None) -> dict[str, int]:
     seen = {"failures": 0, "shutdowns": 0}
 
     def count(what: str) -> None:
@@ -72,6 +72,7 @@ def guard(engine: Any, gate: RowGate | None = None) -> dict[str, int]:
         engine,
         reserved_token_id=RESERVED,
         gate=gate or RowGate(),
+        required=required or {},
         on_failure=lambda: count("failures"),
         on_shutdown=lambda: count("shutdowns"),
     )
@@ -89,6 +90,32 @@ def test_requests_without_deltas_pass_through() -> None:
     assert len(asyncio.run(collect(engine, params))) == 1
     assert engine.params[0] is params
     assert params.stop_token_ids == []
+
+
+@pytest.mark.parametrize(
+    "extra_args",
+    [
+        None,
+        {"other": 1},
+        {"cmc": '{"deltas": []}'},
+        {"cmc": '{"deltas": [{"name": "a", "strength": 0}, {"name": "b", "strength": -1}]}'},
+        {"cmc": '{"deltas": [{"name": "a", "strength": 1}, {"name": "b", "strength": -1}]}'},
+        {"cmc": '{"deltas": [{"name": "a", "strength": 2}]}'},
+    ],
+)
+def test_nothing_runs_without_the_required_deltas(extra_args: dict[str, Any] | None) -> None:
+    engine = Engine(Output([1]))
+    guard(engine, required={"a": 2.0, "b": -1.0})
+    with pytest.raises(ValueError, match="requires a, b"):
+        asyncio.run(collect(engine, SamplingParams(extra_args=extra_args)))
+    assert engine.params == []
+
+
+def test_with_the_required_deltas_it_runs() -> None:
+    engine = Engine(Output([1]))
+    guard(engine, required={"a": 2.0})
+    deltas = '[{"name": "b", "strength": 1}, {"name": "a", "strength": 2}]'
+    assert len(asyncio.run(collect(engine, SamplingParams(extra_args={"cmc": f'{{"deltas": {deltas}}}'})))) == 1
 
 
 def test_the_reserved_token_stops_a_steered_request() -> None:

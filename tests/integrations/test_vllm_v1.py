@@ -32,6 +32,7 @@ class Recorder:
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.prompts: dict[int, Any] = {}
+        self.begun: list[Any] | None = None
 
     def admit(self, slot: int, prompt: Sequence[int] | None, *_: Any) -> None:
         self.prompts[slot], self.tokens[slot] = prompt, []
@@ -42,6 +43,9 @@ class Recorder:
     def release(self, slot: int) -> None:
         self.prompts.pop(slot, None)
         self.tokens.pop(slot, None)
+
+    def begin(self, slots: Sequence[int], device: torch.device) -> None:
+        self.begun = [(self.prompts[slot], list(self.tokens[slot])) for slot in slots]
 
     def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> Tensor:
         self.rows = {row: (self.prompts[slot], self.tokens[slot]) for row, slot in rows}
@@ -115,3 +119,18 @@ def test_placeholders_are_never_taken_for_tokens(adapter: V1Adapter) -> None:
     adapter.update(update(added=[(0, STEERED, [1], [7, -1])]))
     with pytest.raises(DeltaRuntimeError, match="--logits-processors"):
         adapter.apply(torch.zeros(1, 4))
+
+
+def test_deltas_begin_before_the_forward_pass_once_all_tokens_are_there(adapter: V1Adapter, recorder: Recorder) -> None:
+    cpu = torch.device("cpu")
+    adapter.begin(cpu)
+    assert recorder.begun is None  # no steered rows: not even a call
+    first, second = [10], [20, -1]
+    adapter.update(update(added=[(1, STEERED, [2], second), (0, STEERED, [1], first), (2, BASE, [3], [])]))
+    adapter.begin(cpu)
+    assert recorder.begun is None
+    second[-1] = 21
+    adapter.begin(cpu)
+    assert recorder.begun == [([1], [10]), ([2], [20, 21])]
+    adapter.apply(torch.zeros(3, 4))
+    assert recorder.rows == {0: ([1], [10]), 1: ([2], [20, 21])}

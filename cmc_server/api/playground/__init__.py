@@ -1,0 +1,1 @@
+"""The playground: a static page for people, at ``/``."""
