@@ -155,6 +155,11 @@ def test_calibrated_scales_bring_the_logits_closer(post: Path, data: Path, tmp_p
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def heed_interrupts() -> None:
+    """Whoever started the tests in the background may have left SIGINT ignored, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_leaves_no_checkpoint(tmp_path: Path, signal_number: signal.Signals) -> None:
     for name in ("base", "post"):
@@ -162,7 +167,8 @@ def test_a_run_that_is_stopped_leaves_no_checkpoint(tmp_path: Path, signal_numbe
         (tmp_path / name / "config.json").write_text("{}", "utf-8")
         save_file({f"w{number}": torch.ones(256, 4096) for number in range(40)}, tmp_path / name / "model.safetensors")
     words = [str(tmp_path / "base"), str(tmp_path / "post"), "--method", "twin", "-o", str(tmp_path / "edited")]
-    with subprocess.Popen([sys.executable, "-m", "cmc_server", "edit", *words], stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-m", "cmc_server", "edit", *words]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts) as process:
         part = tmp_path / ".edited.part" / "model.safetensors"
         deadline = time.monotonic() + 120
         while not (part.exists() and part.stat().st_size > 10_000) and time.monotonic() < deadline:
