@@ -22,8 +22,7 @@ from cmc_server.editing.methods import Dare
 from cmc_server.editing.models import load_model
 from cmc_server.editing.riemann import PARTS, TERMS, LossTerms, as_rows, loss_terms, ratio_intervals
 from cmc_server.editing.stream import Edit
-from cmc_server.editing.texts import Example, Text, encode
-from cmc_server.vocab.surface import load_tokenizer
+from cmc_server.editing.texts import Example, Text, encode_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,9 +48,8 @@ def analyse_edit(edit: Edit, texts: Sequence[Text], num_seeds: int) -> dict[str,
     """
     post = edit.sources.post
     model = load_model(post, torch.float64)
-    tokenizer = load_tokenizer(str(post.folder))
     limit = getattr(model.config, "max_position_embeddings", None)
-    examples = [encode(tokenizer, text, limit) for text in texts]
+    examples = encode_all(post.folder, texts, limit)
     weights = np.array([example.num_labels for example in examples], dtype=np.float64)
     changes = _changes(edit, model)
     choices = [list(changes), *([name] for name in changes)]

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from cmc_server.editing.bitdelta import rounded_scales, signs
 from cmc_server.editing.models import load_model
 from cmc_server.editing.stream import Edit
-from cmc_server.editing.texts import Text, encode
-from cmc_server.vocab.surface import load_tokenizer
+from cmc_server.editing.texts import Text, encode_all
 
 BATCH_SIZE = 4
 
@@ -47,9 +46,8 @@ def calibrate_scales(
     """
     post = edit.sources.post
     model = load_model(post, torch.float32)
-    tokenizer = load_tokenizer(str(post.folder))
     limit = getattr(model.config, "max_position_embeddings", None)
-    inputs = [encode(tokenizer, text, limit).ids for text in texts]
+    inputs = [example.ids for example in encode_all(post.folder, texts, limit)]
     deltas = {name: edit.delta(name) for name in scales}
     weights = model.state_dict()
     fixed = {name: (weights[name] - delta, signs(delta)) for name, delta in deltas.items()}

@@ -14,9 +14,8 @@ from cmc_server.editing.curvature import CurvatureOrigin, Kind, write_curvature
 from cmc_server.editing.fisher import diagonal_fisher
 from cmc_server.editing.gram import gram_matrices
 from cmc_server.editing.models import load_model
-from cmc_server.editing.texts import encode, read_texts
+from cmc_server.editing.texts import encode_all, read_texts
 from cmc_server.errors import ConfigError, EditingError
-from cmc_server.vocab.surface import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +74,8 @@ def run_measure(options: MeasureOptions, as_json: bool = False) -> int:
     checkpoint = Checkpoint(options.model)
     texts = read_texts(options.data)
     model = load_model(checkpoint, torch.float32)
-    tokenizer = load_tokenizer(str(options.model))
     limit = getattr(model.config, "max_position_embeddings", None)
-    examples = [encode(tokenizer, text, limit) for text in texts[: options.examples]]
+    examples = encode_all(options.model, texts[: options.examples], limit)
     if options.kind == "fisher":
         measured, made = diagonal_fisher(model, examples, options.seed), f"sampled labels, seed {options.seed}"
     else:

@@ -16,9 +16,8 @@ from cmc_server.editing.merge_inputs import Merge
 from cmc_server.editing.merge_metrics import gradient_mismatch, relative_distance, robustness_curve
 from cmc_server.editing.models import load_model
 from cmc_server.editing.stream import Edit
-from cmc_server.editing.texts import Example, Text, encode, read_texts
+from cmc_server.editing.texts import Example, Text, encode_all, read_texts
 from cmc_server.errors import EditingError
-from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,8 +89,7 @@ def _gradients(checkpoint: Checkpoint, examples: Sequence[Example]) -> list[Tens
 
 def _examples(checkpoint: Checkpoint, texts: Sequence[Text]) -> list[Example]:
     limit = checkpoint.config.get("max_position_embeddings")
-    tokenizer = load_tokenizer(str(checkpoint.folder))
-    return [encode(tokenizer, text, limit) for text in texts]
+    return encode_all(checkpoint.folder, texts, limit)
 
 
 def _beside(edit: Edit, target: Checkpoint) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cmc_server.errors import ConfigError
+from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,17 @@ def _text(line: str, place: str) -> Text:
         if all(isinstance(field, str) for field in fields) and fields[1].strip():
             return Text(*fields)
     raise ConfigError(f'{place}: expected {{"prompt": ..., "response": ...}} or {{"text": ...}}.')
+
+
+def encode_all(folder: Path, texts: Iterable[Text], max_length: int | None) -> list[Example]:
+    """Tokens of texts, by the tokenizer of a model's folder; see :func:`encode`.
+
+    Raises:
+        ConfigError: no token of a text is left to predict.
+        MapError: the folder has no usable tokenizer.
+    """
+    tokenizer = load_tokenizer(str(folder))
+    return [encode(tokenizer, text, max_length) for text in texts]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: Text, max_length: int | None) -> Example:
