@@ -111,8 +111,8 @@ class LiveDeltas:
             try:
                 async with self._turn:
                     await self._catch_up()
-            except CmcError as error:
-                logger.error("The deltas of another API process could not be taken over: %s", error)
+            except (CmcError, TimeoutError) as error:
+                logger.error("The deltas of another API process could not be taken over: %r", error)
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
