@@ -39,7 +39,7 @@ from cmc_server.evaluation.tofu_data import PACKAGED_TOFU
 
 RECIPES = Path(cmc_server.__file__).parent / "demo" / "recipes"
 MODELS = ("smollm2", "gemma3")
-STRENGTHS = ("0", "0.25", "0.5", "1", "1.5")
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5)
 STEPS = ("tune", "delta", "narrow", "lora", "full", "evaluate")
 #: What each delta changes in the shipped recipe.
 NARROW = {"file": "../data/tofu/retain_perturbed.json", "columns": {"prompt": "question", "response": "answer"}}
@@ -146,38 +146,69 @@ def choose_questions(work: Path, kept: int) -> Path:
     return folder
 
 
-def evaluate(work: Path, name: str, user: str, tofu: Path, *more: str | Path) -> Path:
-    """TOFU and neutral texts of one LLM with or without a delta; the file of the results."""
-    folder = work / "results" / name
-    folder.parent.mkdir(exist_ok=True)
-    results = folder / "results.json"
-    if folder.exists() and not (results.exists() and json.loads(results.read_text())["finished"]):
-        shutil.rmtree(folder)  # an evaluation that was stopped
-    suites = ("--suite", "tofu", "retained", "--tofu", tofu, "--dtype", "bfloat16", "--batch-size", "64")
-    make(folder, lambda: run("cmc_server", "eval", work / user, *suites, "--output", folder, *more))
-    return results
+class Evaluations:
+    """TOFU and neutral texts of one LLM after the other; an LLM is loaded once for all deltas.
+
+    Args:
+        work: folder with the LLMs and deltas; results go into its folder ``results``.
+        tofu: folder with TOFU's files.
+    """
+
+    def __init__(self, work: Path, tofu: Path) -> None:
+        self._work, self._tofu = work, tofu
+        self._loaded: tuple[str, Any] | None = None
+
+    def run(self, name: str, user: str, delta: str | None = None, retain_only: Path | None = None) -> Path:
+        """Evaluate an LLM, with a delta at every strength or without one; the file of the results."""
+        from cmc_server.config import DeltaSource
+        from cmc_server.evaluation.command import evaluate
+        from cmc_server.evaluation.options import EvalOptions
+
+        folder = self._work / "results" / name
+        folder.parent.mkdir(exist_ok=True)
+        results = folder / "results.json"
+        if folder.exists() and not (results.exists() and json.loads(results.read_text())["finished"]):
+            shutil.rmtree(folder)  # an evaluation that was stopped
+        deltas = () if delta is None else (DeltaSource(name="forget", path=str(self._work / delta)),)
+        options = EvalOptions(
+            user=str(self._work / user),
+            deltas=deltas,
+            strengths=STRENGTHS if deltas else (),
+            suites=("tofu", "retained"),
+            tofu=self._tofu,
+            dtype="bfloat16",
+            batch_size=64,
+            retain_only=retain_only,
+            output=folder,
+        )
+        make(folder, lambda: evaluate(options, self._user(user)))
+        return results
+
+    def _user(self, name: str) -> Any:
+        from cmc_server.fusion.scoring import FusedLM
+
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # makes room
+            self._loaded = name, FusedLM.load(self._work / name, {}, dtype="bfloat16")
+        return self._loaded[1]
 
 
 def evaluate_all(work: Path, models: Sequence[str], seeds: Sequence[int], tofu: Path) -> dict[str, Any]:
     """By LLM and method, for each strength the figures of every seed."""
+    evaluations = Evaluations(work, tofu)
     table: dict[str, Any] = {}
     for model in models:
-        oracle = evaluate(work, f"{model}-retain", f"{model}-retain", tofu)
-        against = ("--retain-only", oracle)
+        oracle = evaluations.run(f"{model}-retain", f"{model}-retain")
         table[model] = {"retain only": figures([oracle])}
         for kind in DELTAS:
-            made = [folder for seed in seeds if (folder := work / f"{kind}-{seed}").exists()]
-            steered = [("--delta", f"forget={folder}", "--strengths", *STRENGTHS) for folder in made]
-            found = [
-                evaluate(work, f"{model}-{folder.name}", f"{model}-full", tofu, *words, *against)
-                for folder, words in zip(made, steered, strict=True)
-            ]
+            made = [name for seed in seeds if (work / (name := f"{kind}-{seed}")).exists()]
+            found = [evaluations.run(f"{model}-{name}", f"{model}-full", name, oracle) for name in made]
             if found:
                 table[model][kind] = figures(found)
         for kind in BASELINES:
             made = [name for seed in seeds if (work / (name := f"{model}-{kind}-{seed}")).exists()]
             if made:
-                table[model][kind] = figures([evaluate(work, name, name, tofu, *against) for name in made])
+                table[model][kind] = figures([evaluations.run(name, name, retain_only=oracle) for name in made])
     return table
 
 

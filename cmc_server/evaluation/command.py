@@ -53,7 +53,7 @@ class _Inputs:
 
 
 def run_eval(options: EvalOptions, as_json: bool = False) -> int:
-    """Evaluate, and write everything into the output folder. Progress goes to stderr, the summary to stdout.
+    """``cmc-server eval``: progress goes to stderr, the summary to stdout.
 
     Args:
         options: what to measure.
@@ -65,13 +65,35 @@ def run_eval(options: EvalOptions, as_json: bool = False) -> int:
     Raises:
         UserError: an input cannot be used, or the output folder cannot be written.
     """
+    results = evaluate(options)
+    if as_json:
+        sys.stdout.write(json.dumps(results, ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        sys.stdout.write(f"{options.output / REPORT_HTML}\n")
+    return 0
+
+
+def evaluate(options: EvalOptions, user: FusedLM | None = None) -> dict[str, Any]:
+    """Evaluate, and write everything into the output folder.
+
+    Args:
+        options: what to measure.
+        user: the user LLM where it is loaded already; what it has kept of the texts is used again.
+
+    Returns:
+        The results, as they are in ``results.json``.
+
+    Raises:
+        UserError: an input cannot be used, or the output folder cannot be written.
+    """
     inputs = _read(options)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"The output folder {options.output} cannot be made: {error.strerror}.") from None
     deltas = {delta.name: delta.path for delta in options.deltas}
-    model = FusedLM.load(options.user, deltas, dtype=options.dtype, device=options.device)
+    user = user or FusedLM.load(options.user, {}, dtype=options.dtype, device=options.device)
+    model = user.with_deltas(deltas)
     measurement = _measurement(options, model, inputs.artifacts)
     results = _header(options, inputs.artifacts) | {"finished": False, "suites": {}}
     try:
@@ -83,11 +105,7 @@ def run_eval(options: EvalOptions, as_json: bool = False) -> int:
         _write(options, results)
     except OSError as error:
         raise ConfigError(f"The results cannot be written to {options.output}: {error.strerror}.") from None
-    if as_json:
-        sys.stdout.write(json.dumps(results, ensure_ascii=False, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(f"{options.output / REPORT_HTML}\n")
-    return 0
+    return results
 
 
 def _read(options: EvalOptions) -> _Inputs:

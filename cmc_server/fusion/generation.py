@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cmc_server.config import Unmapped
 from cmc_server.fusion.controller import DeltaController
+from cmc_server.fusion.states import SplitModel
 from cmc_server.fusion.streams import Steering
 
 
@@ -41,7 +40,7 @@ class GreedyRequest:
 
 @torch.inference_mode()
 def decode_greedily(
-    model: PreTrainedModel,
+    model: SplitModel,
     controller: DeltaController,
     requests: Sequence[GreedyRequest],
     *,
@@ -52,7 +51,7 @@ def decode_greedily(
     """Answer all prompts in one batch.
 
     Args:
-        model: the user LLM, in eval mode.
+        model: the user LLM.
         controller: with every delta that is named loaded, for at least as many rows.
         requests: the prompts; padded on the left to one length.
         unmapped: policy for tokens outside the maps.
@@ -66,7 +65,8 @@ def decode_greedily(
         DeltaRuntimeError: a delta failed.
     """
     answers: list[list[int]] = [[] for _ in requests]
-    running = list(range(len(requests))) if max_tokens > 0 else []
+    rows = list(range(len(requests)))  # the request in each row of the batch
+    running = rows if max_tokens > 0 else []
     for slot, request in enumerate(requests):
         if request.steering:
             controller.admit(slot, request.ids, request.steering, unmapped)
@@ -74,15 +74,21 @@ def decode_greedily(
     try:
         while running:
             logits = feeder.logits()
-            controller.shift([(row, row) for row in running if requests[row].steering], logits)
+            active = set(running)
+            places = [(row, one) for row, one in enumerate(rows) if one in active]
+            controller.shift([(row, one) for row, one in places if requests[one].steering], logits)
             tokens: list[int] = logits.argmax(dim=-1).tolist()
             feeder.append(tokens)
-            for row in running:
-                answers[row].append(tokens[row])
-            running = [row for row in running if len(answers[row]) < max_tokens and not has_ended(answers[row])]
-            for row in running:
-                if requests[row].steering:
-                    controller.advance(row, answers[row][-1:])
+            for row, one in places:
+                answers[one].append(tokens[row])
+            running = [one for one in running if len(answers[one]) < max_tokens and not has_ended(answers[one])]
+            for one in running:
+                if requests[one].steering:
+                    controller.advance(one, answers[one][-1:])
+            # Picking rows out of the cache costs about a step; it pays where half of them or more have ended.
+            if 0 < len(running) <= len(rows) // 2:
+                feeder.select([rows.index(one) for one in running])
+                rows = running
     finally:
         for slot in range(len(requests)):
             controller.release(slot)
@@ -92,33 +98,37 @@ def decode_greedily(
 class _Feeder:
     """The user LLM with its key-value cache, over rows that grow together."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: SplitModel, prompts: Sequence[Sequence[int]]) -> None:
         longest = max((len(prompt) for prompt in prompts), default=0)
         padded = [[*[0] * (longest - len(prompt)), *prompt] for prompt in prompts]
         real = [[*[0] * (longest - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
         self._model = model
-        self._ids = torch.tensor(padded, device=model.device)
-        self._mask = torch.tensor(real, device=model.device)
+        self._ids = torch.tensor(padded, device=model.model.device)
+        self._mask = torch.tensor(real, device=model.model.device)
         self._cache: Any = None
-        can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._extra: dict[str, Any] = {"logits_to_keep": 1} if can_select else {}
 
     def logits(self) -> Tensor:
         """[B, U] float32 after the last token of every row."""
         positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -self._ids.shape[1] :]
-        output = self._model(
+        output = self._model.model.base_model(
             input_ids=self._ids,
             attention_mask=self._mask,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            **self._extra,
         )
         self._cache = output.past_key_values
-        logits: Tensor = output.logits[:, -1].float()
-        return logits.clone()
+        # The last states as a matrix of their own: of a slice in three dimensions torch's linear would make a product
+        # for each row, and for that a copy of the output head for each row.
+        return self._model.logits(output[0][:, -1].contiguous())
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order."""
+        index = torch.tensor(rows, device=self._ids.device)
+        self._ids, self._mask = self._ids[index], self._mask[index]
+        self._cache.batch_select_indices(index)
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Give every row its next token; rows that have ended go on unread."""
+        """Give every row its next token; rows that have ended go on unread until they are left out."""
         self._ids = torch.tensor(tokens, device=self._mask.device).unsqueeze(1)
         self._mask = torch.cat([self._mask, torch.ones_like(self._ids)], dim=1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cmc_server.config import DeltaSource, EngineSettings, Unmapped
+from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
 from cmc_server.errors import ConfigError
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.encoding import Chat, Prompt, UserEncoder
@@ -36,11 +37,11 @@ DType = Literal["float32", "bfloat16"]
 Pair = tuple[Prompt, str | Sequence[int]]
 
 #: Bytes that logits over a vocabulary, with all that the rule makes of them on the way, may take at a time.
-LOGIT_BYTES = 512 * 2**20
+LOGIT_BYTES = 2**30
 #: User tokens whose hidden states are kept at a time.
 GROUP_TOKENS = 16384
-#: Answers that are generated together; each holds one full context of each delta's cache.
-GENERATED_ROWS = 16
+#: Answers that are generated together, if the deltas' caches have room for so many.
+GENERATED_ROWS = 64
 _ROW_COPIES = 8  # float32 copies of a row that fuse and log_softmax hold at once, rounded up
 
 
@@ -111,21 +112,33 @@ class FusedLM:
             DeltaError: a delta cannot be used.
             MapError: a tokenizer cannot be read, or a map cannot be built.
         """
-        path, torch_dtype = str(user_path), getattr(torch, dtype)
+        path = str(user_path)
         tokenizer = load_tokenizer(path)
         vocabulary = read_vocabulary(tokenizer, read_generation_config(path))
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype).eval().requires_grad_(False)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"The user LLM {path} cannot be loaded: {reason}.") from error
+        bare = cls(SplitModel(model.to(device), f"The user LLM {path}"), tokenizer, vocabulary, {}, dtype)
+        return bare.with_deltas(deltas)
+
+    def with_deltas(self, deltas: Mapping[str, str | Path]) -> FusedLM:
+        """The same user LLM, with what it has kept of texts that it read, beside other deltas.
+
+        Args:
+            deltas: name to folder or hub id of each delta; may be empty.
+
+        Raises:
+            DeltaError: a delta cannot be used.
+            MapError: a map cannot be built.
+        """
+        dtype, device = getattr(torch, self._dtype), self.model.model.device
         loaded = {
-            name: load_scoring_delta(
-                DeltaSource(name=name, path=str(folder)), vocabulary, torch_dtype, torch.device(device)
-            )
+            name: load_scoring_delta(DeltaSource(name=name, path=str(folder)), self.vocabulary, dtype, device)
             for name, folder in deltas.items()
         }
-        return cls(SplitModel(model.to(device), f"The user LLM {path}"), tokenizer, vocabulary, loaded, dtype)
+        return FusedLM(self.model, self.tokenizer, self.vocabulary, loaded, self._dtype)
 
     @property
     def deltas(self) -> tuple[str, ...]:
@@ -221,6 +234,7 @@ class FusedLM:
             The answers without special tokens, up to the first of the ``stop`` texts.
 
         Raises:
+            CapacityError: the deltas do not fit into the memory that a server would give them.
             ConfigError: as in :meth:`score_batch`.
             DeltaRuntimeError: a delta failed on the way.
         """
@@ -229,10 +243,10 @@ class FusedLM:
         requests = [self._greedy_request(prompt, strengths) for prompt in prompts]
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))
         texts: dict[int, str] = {}
-        for start in range(0, len(order), GENERATED_ROWS):
-            batch = order[start : start + GENERATED_ROWS]
+        for start in range(0, len(order), self._generated_rows):
+            batch = order[start : start + self._generated_rows]
             answers = decode_greedily(
-                self.model.model,
+                self.model,
                 self._controller,
                 [requests[index] for index in batch],
                 unmapped=unmapped,
@@ -332,14 +346,24 @@ class FusedLM:
         return GreedyRequest(ids, steering)
 
     @cached_property
+    def _settings(self) -> EngineSettings:
+        return EngineSettings(force_coverage=True, delta_dtype=self._dtype)
+
+    @cached_property
+    def _generated_rows(self) -> int:
+        """As many rows as the deltas' caches hold in the memory that a server would give them."""
+        artifacts = [delta.artifact for delta in self.loaded.values()]
+        on_cpu = self.model.model.device.type == "cpu"
+        return plan_seqs(self._settings, artifacts, GENERATED_ROWS, VALUE_BYTES[self._dtype], on_cpu)
+
+    @cached_property
     def _controller(self) -> DeltaController:
         """The deltas once more, with caches, as serving has them; made when something is generated."""
         controller = DeltaController()
-        settings = EngineSettings(force_coverage=True, delta_dtype=self._dtype)
+        rows, device = self._generated_rows, self.model.model.device
         for name, delta in self.loaded.items():
             source = DeltaSource(name=name, path=str(delta.artifact.path))
-            device = self.model.model.device
-            controller.load(load_delta(source, self.vocabulary, settings, max_seqs=GENERATED_ROWS, device=device))
+            controller.load(load_delta(source, self.vocabulary, self._settings, max_seqs=rows, device=device))
         return controller
 
     def _decode(self, ids: Sequence[int]) -> str:

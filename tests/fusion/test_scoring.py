@@ -17,7 +17,7 @@ import cmc_server.demo
 from cmc_server.config import Unmapped
 from cmc_server.delta.prompt import Message
 from cmc_server.errors import ConfigError
-from cmc_server.fusion import scoring, states
+from cmc_server.fusion import generation, scoring, states
 from cmc_server.fusion.encoding import Chat
 from cmc_server.fusion.reference import ReferenceFusedLM
 from cmc_server.fusion.scoring import FusedLM, Pair
@@ -217,6 +217,31 @@ class TestGenerate:
                 fused.encode_prompt(prompt), strengths, max_tokens=9, end_ids=fused.vocabulary.eos_ids
             )
             assert answer == fused.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def test_answers_that_end_early_leave_the_batch(
+        self, fused: FusedLM, oracle: ReferenceFusedLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Some answers end at once, some late, and those that go on are the oracle's to their end."""
+        left: list[int] = []
+        select = generation._Feeder.select
+        monkeypatch.setattr(
+            generation._Feeder, "select", lambda self, rows: (left.append(len(rows)), select(self, rows))[1]
+        )
+        prompts, strengths = ["The quick brown fox", "1", "Привет", "x = y", "It", "a", "The", "of"], {"other": 2.0}
+        whole = [oracle.generate(fused.encode_prompt(one), strengths, max_tokens=9, end_ids=()) for one in prompts]
+        ends = [whole[0][0], whole[1][1], whole[2][3], whole[4][5]]
+        answers = fused.generate(prompts, strengths, max_tokens=9, stop_ids=ends)
+        lengths = [next((at for at, one in enumerate(ids) if one in ends), len(ids)) for ids in whole]
+        assert len(set(lengths)) > 2 and left
+        for ids, length, answer in zip(whole, lengths, answers, strict=True):
+            assert answer == fused.tokenizer.decode(ids[:length], skip_special_tokens=True)
+
+    def test_other_deltas_beside_the_same_user_llm(self, steered: Steered, fused: FusedLM) -> None:
+        bare = FusedLM.load(steered.user, {})
+        other = bare.with_deltas({"other": steered.deltas["other"]})
+        assert bare.deltas == () and other.deltas == ("other",) and other.model is bare.model
+        expected = fused.score("The quick", TEXTS[0], {"other": 0.5})
+        torch.testing.assert_close(other.score("The quick", TEXTS[0], {"other": 0.5}), expected)
 
     def test_ends(self, fused: FusedLM) -> None:
         (whole,) = fused.generate(["The"], {"other": 1.0}, max_tokens=40, stop_ids=[])
