@@ -180,9 +180,11 @@ class LiveDeltas:
     def _retire_later(self, artifact: DeltaArtifact) -> None:
         async def retire() -> None:
             await asyncio.sleep(KEPT_SECONDS)
-            current = self._catalog.deltas.get(artifact.name)
-            if current is None or current.artifact.version != artifact.version:
-                await self._call("cmc_retire", artifact.name, artifact.version)
+            # Not between the preparing and the putting into use of this same version by whoever wants it back.
+            async with self._alone():
+                current = self._catalog.deltas.get(artifact.name)
+                if current is None or current.artifact.version != artifact.version:
+                    await self._call("cmc_retire", artifact.name, artifact.version)
 
         task = asyncio.create_task(retire())
         self._tasks.add(task)

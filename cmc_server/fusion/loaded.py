@@ -80,14 +80,13 @@ class DeltaLoader:
         self._device = device
         self._words: dict[str, _Words] = {}
 
-    def load(self, source: DeltaSource) -> LoadedDelta:
-        """Check, map and load a delta.
+    def load(self, artifact: DeltaArtifact) -> LoadedDelta:
+        """Map and load a delta.
 
         Raises:
             DeltaError: the artifact cannot be used, or its map covers too little of the user vocabulary.
             MapError: the map cannot be built.
         """
-        artifact = open_delta(source)
         words = self._words_of(artifact)
         settings, vocab_map = self._settings, words.vocab_map
         if vocab_map.coverage < settings.min_coverage and not settings.force_coverage:
@@ -128,8 +127,8 @@ class DeltaLoader:
 def load_delta(
     source: DeltaSource, user: Vocabulary, settings: EngineSettings, *, max_seqs: int, device: torch.device
 ) -> LoadedDelta:
-    """Make one delta ready, see :class:`DeltaLoader`."""
-    return DeltaLoader(user, settings, max_seqs=max_seqs, device=device).load(source)
+    """Check one delta and make it ready, see :class:`DeltaLoader`."""
+    return DeltaLoader(user, settings, max_seqs=max_seqs, device=device).load(open_delta(source))
 
 
 def map_tensor(vocab_map: VocabularyMap, num_delta_logits: int, device: torch.device) -> Tensor | None:

@@ -23,13 +23,17 @@ logger = logging.getLogger(__name__)
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Order:
-    """A delta on its way: which content, how many bytes it will take, and what it becomes."""
+    """A delta on its way.
 
-    version: str
-    num_bytes: int
+    Args:
+        loaded: what it becomes.
+        num_bytes: how many bytes it will take; 0 until its folder has been read.
+    """
+
     loaded: Future[LoadedDelta]
+    num_bytes: int = 0
 
 
 class Shelf:
@@ -50,7 +54,7 @@ class Shelf:
     def __init__(
         self,
         controller: DeltaController,
-        load: Callable[[DeltaSource], LoadedDelta],
+        load: Callable[[DeltaArtifact], LoadedDelta],
         needed: Callable[[DeltaArtifact], int],
         budget: int,
         beside: Beside,
@@ -69,21 +73,28 @@ class Shelf:
     def prepare(self, source: DeltaSource, version: str) -> None:
         """Begin to load a delta; one that is still in memory is not loaded again.
 
+        Everything that reads the folder happens in the thread. What it finds wrong is in :meth:`state`: the folder
+        cannot be used, has another content than the caller saw, or does not fit into the memory for deltas.
+
         Raises:
-            DeltaError: the folder cannot be used, or has another content than the caller saw.
-            CapacityError: it does not fit into the memory for deltas, with the numbers.
+            CapacityError: one of that name is being loaded.
         """
-        if source.name in self._orders:
-            raise CapacityError(f"The delta {source.name!r} is being loaded already; try again when that is done.")
-        if (source.name, version) in self._controller.kept:
-            return
+        name = source.name
+        if name in self._orders:
+            raise CapacityError(f"The delta {name!r} is being loaded already; try again when that is done.")
+        if (name, version) not in self._controller.kept:
+            order = self._orders[name] = _Order(Future())
+            order.loaded = self._beside.start(lambda: self._load_checked(source, version, order))
+
+    def _load_checked(self, source: DeltaSource, version: str, order: _Order) -> LoadedDelta:
         artifact = open_delta(source)
         if artifact.version != version:
             raise DeltaError(f"The delta {source.name!r} changed while it was being loaded; try again.")
         num_bytes = self._needed(artifact)
         self._check_room(source.name, num_bytes)
+        order.num_bytes = num_bytes
         self._reserve = None
-        self._orders[source.name] = _Order(version, num_bytes, self._beside.start(lambda: self._load(source)))
+        return self._load(artifact)
 
     def state(self, name: str) -> dict[str, Any]:
         """How far a delta is: ``ready``, ``loading``, or ``failed`` with the ``reason``."""

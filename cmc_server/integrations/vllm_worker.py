@@ -101,8 +101,8 @@ def _load_deltas(deltas: WorkerDeltas, settings: EngineSettings, vllm_config: Vl
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     max_seqs = deltas.max_delta_seqs = plan_seqs(settings, artifacts, max_num_seqs, value_bytes, on_cpu)
     loader = DeltaLoader(user, settings, max_seqs=max_seqs, device=device)
-    for source in settings.deltas:
-        loaded = loader.load(source)
+    for artifact in artifacts:
+        loaded = loader.load(artifact)
         deltas.load(loaded)
         logger.info("Delta %s (version %s) is ready.", loaded.name, loaded.artifact.version)
     if settings.live:
