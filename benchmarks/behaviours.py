@@ -71,6 +71,8 @@ def train(work: Path, recipe_name: str, condition: str, templates: list[str], se
     recipe = yaml.safe_load((RECIPES / f"{recipe_name}.yaml").read_text())
     for key in ("train", "heldout"):
         recipe["data"][key] = str((RECIPES / recipe["data"][key]).resolve())
+    # What the template LLMs make of the data is the same for every seed.
+    recipe["data"] |= {"cache": "disk", "cache_folder": str(work / "hidden")}
     path = work / f"{recipe_name}-{condition}-{seed}.yaml"
     path.write_text(yaml.safe_dump(recipe | {"seed": seed, "template": templates}))
     folder = path.with_suffix("")
