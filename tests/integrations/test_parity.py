@@ -80,3 +80,12 @@ class TestParityUnderPreemption:
         report = parity(demo_models.smollm2, "v2", options, {**MRV2, **ASYNC})
         assert report["preemptions"] > 0
         assert report["async_scheduling"]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_v1_on_two_ranks(demo_models: Any) -> None:
+    """SmolLM2's nine heads cannot be halved; Gemma's four can."""
+    options = "--prompts 2 --tokens 16 --strengths 0 2 --tensor-parallel 2"
+    report = parity(demo_models.gemma3, "v1", options, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
+    assert report["base_rows_compared"] > 0
