@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cmc_server.config import Unmapped, first_problem
+from cmc_server.delta.weight_files import read_json
 from cmc_server.errors import DeltaError
 
 MANIFEST_FILE = "cmc_delta.json"
@@ -77,11 +78,9 @@ class DeltaManifest(BaseModel):
         if not path.exists():
             return cls()
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             raise DeltaError(f"{path} is not a valid delta manifest: {first_problem(error)}") from None
-        except (ValueError, OSError) as error:
-            raise DeltaError(f"{path} cannot be read as JSON: {error}.") from None
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a delta folder, without the fields left at None."""

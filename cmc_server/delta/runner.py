@@ -235,12 +235,11 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises nearly anything here; every cause makes the delta unusable
-        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {error}.") from error
+        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {_one_line(error)}.") from error
     faults = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report.get("mismatched_keys", ()))
     if faults:
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
-    loaded: PreTrainedModel = model.eval().requires_grad_(False)
-    return loaded
+    return _checked(artifact, model)
 
 
 def _load_packed_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -251,13 +250,25 @@ def _load_packed_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: s
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         missing, unknown = model.load_state_dict(weights, strict=False)
     except Exception as error:  # see load_model
-        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {error}.") from error
+        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {_one_line(error)}.") from error
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     faults = [*sorted(set(missing) - tied), *unknown]
     if faults:
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has one of that name too many.")
     model.tie_weights()
+    return _checked(artifact, model)
+
+
+def _checked(artifact: DeltaArtifact, model: PreTrainedModel) -> PreTrainedModel:
+    """The model ready for inference; a weight that is not finite would fail some requests and not others."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise DeltaError(f"The weight {name} of the delta {artifact.name!r} holds NaN or infinity.")
     return model.eval().requires_grad_(False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _twins(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:

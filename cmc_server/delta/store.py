@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from cmc_server.config import DeltaSource
 from cmc_server.delta.manifest import MANIFEST_FILE, DeltaManifest
+from cmc_server.delta.weight_files import check_size, read_json, read_weight_files
 from cmc_server.errors import DeltaError, DeltaNotFoundError, MapError
 from cmc_server.vocab.surface import load_tokenizer
 
@@ -87,11 +84,12 @@ def open_delta(source: DeltaSource, roots: Sequence[Path] = ()) -> DeltaArtifact
     """
     folder = _locate(source.path, roots)
     config = _read_config(folder)
-    weights = _check_weights(folder)
+    weights = read_weight_files(folder)
     manifest = DeltaManifest.read(folder)
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise DeltaError(f"{folder / 'config.json'} gives no vocab_size; a causal language model is needed.")
+    check_size(folder, config, weights)
     max_positions = config.get("max_position_embeddings", config.get("n_positions"))
     return DeltaArtifact(
         name=source.name,
@@ -100,8 +98,8 @@ def open_delta(source: DeltaSource, roots: Sequence[Path] = ()) -> DeltaArtifact
         version=content_version(folder),
         vocab_size=vocab_size,
         max_positions=max_positions if isinstance(max_positions, int) else None,
-        weight_bytes=sum(path.stat().st_size for path in weights),
-        num_weights=sum(weights.values()),
+        weight_bytes=weights.num_bytes,
+        num_weights=weights.num_weights,
         strength=manifest.default_strength if source.strength is None else source.strength,
     )
 
@@ -112,7 +110,7 @@ def content_version(folder: Path) -> str:
     Returns:
         12 hex digits; equal for equal content wherever the folder lies.
     """
-    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors" and path.is_file()]
     return _digest({*weights, *_tokenizer_files(folder), *_named(folder, "config.json", MANIFEST_FILE)})
 
 
@@ -133,7 +131,7 @@ def _digest(files: set[Path]) -> str:
 
 def _tokenizer_files(folder: Path) -> list[Path]:
     own = [path for path in folder.iterdir() if "token" in path.name and path.suffix != ".safetensors"]
-    return [*own, *_named(folder, "generation_config.json", "vocab.txt")]
+    return [*filter(Path.is_file, own), *_named(folder, "generation_config.json", "vocab.txt")]
 
 
 def _named(folder: Path, *names: str) -> list[Path]:
@@ -142,7 +140,8 @@ def _named(folder: Path, *names: str) -> list[Path]:
 
 def _locate(path: str, roots: Sequence[Path]) -> Path:
     folder = Path(path).expanduser()
-    if not folder.exists():
+    is_local = folder.exists()
+    if not is_local:
         if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
             raise DeltaNotFoundError(f"The delta folder {path} does not exist.")
         folder = _from_hub(path)
@@ -150,6 +149,8 @@ def _locate(path: str, roots: Sequence[Path]) -> Path:
         raise DeltaError(f"The delta folder {path} lies outside the allowed folders.")
     if not folder.is_dir():
         raise DeltaError(f"The delta path {path} is not a folder; give the folder that holds config.json.")
+    if is_local and roots:
+        _check_links(folder, roots)
     return folder.resolve()
 
 
@@ -167,12 +168,9 @@ def _from_hub(repository: str) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DeltaError(f"The delta folder {folder} has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise DeltaError(f"{path} cannot be read as JSON: {error}.") from None
+    if not path.exists():
+        raise DeltaError(f"The delta folder {folder} has no config.json.")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise DeltaError(f"{path} must hold a JSON object.")
     if "auto_map" in config:
@@ -180,38 +178,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_weights(folder: Path) -> dict[Path, int]:
-    """Each weight file, and how many values it holds."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DeltaError(f"The delta folder {folder} has no .safetensors file; convert its weights to safetensors.")
-    counts = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy") as tensors:
-                names = tensors.keys()
-                counts[path] = sum(_num_values(name, tensors.get_slice(name).get_shape()) for name in names)
-        except (SafetensorError, OSError) as error:
-            raise DeltaError(f"{path} is not a valid safetensors file: {error}.") from None
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        named = set(_read_index(index).values())
-        missing = sorted(named - {path.name for path in files})
-        if missing:
-            raise DeltaError(f"{index} names {missing[0]}, which is missing from the delta folder.")
-    return counts
-
-
-def _num_values(name: str, shape: Sequence[int]) -> int:
-    # Packed signs (delta/packed.py) hold eight weights in a byte.
-    return math.prod(shape) * (8 if name.endswith(".signs") else 1)
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DeltaError(f"{index} is not a valid safetensors index: {error!r}.") from None
-    if not isinstance(weight_map, dict):
-        raise DeltaError(f"{index} is not a valid safetensors index: weight_map is not an object.")
-    return weight_map
+def _check_links(folder: Path, roots: Sequence[Path]) -> None:
+    """What a file of the folder links to must be allowed, too."""
+    inside = [root.resolve() for root in roots]
+    for path in folder.iterdir():
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
+            raise DeltaError(f"The file {path} is a link that leads outside the allowed folders.")

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bench import import_benchmark
 from steered import Steered
 
 from cmc_server.config import DeltaSource
 from cmc_server.delta.store import DeltaArtifact, content_version, open_delta
-from cmc_server.errors import ConfigError, DeltaError, DeltaNotFoundError
+from cmc_server.errors import ConfigError, DeltaError, DeltaNotFoundError, UserError
 
 
 @pytest.fixture
@@ -118,3 +120,31 @@ def test_sources_on_the_command_line(text: str, path: str, strength: float | Non
 def test_sources_that_are_malformed(text: str) -> None:
     with pytest.raises(ConfigError):
         DeltaSource.parse(text)
+
+
+def test_folders_broken_at_random(steered: Steered, tmp_path: Path) -> None:
+    """Every one is refused in one line, whatever is wrong; but a flipped bit may also change a weight a little."""
+    breakages = import_benchmark("breakages")
+    draw = random.Random(1)
+    for number in range(10 * len(breakages.BREAKAGES)):
+        breakage = breakages.BREAKAGES[number % len(breakages.BREAKAGES)]
+        folder = Path(shutil.copytree(steered.deltas["other"], tmp_path / str(number)))
+        breakage(folder, draw)
+        try:
+            Steered(steered.user, {"d": folder}).load("d")
+        except UserError as error:
+            assert "\n" not in str(error), error
+        else:
+            assert breakage is breakages.flip, f"{breakage.__name__}, folder {number}"
+
+
+def test_links_are_followed_within_the_allowed_folders_only(folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path.parent / "secret.json"
+    secret.write_text("{}")
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    assert opened(folder, roots=[tmp_path]).path == folder.resolve()
+    (folder / "cmc_delta.json").unlink()
+    (folder / "cmc_delta.json").symlink_to(secret)
+    with pytest.raises(DeltaError, match="link that leads outside"):
+        opened(folder, roots=[tmp_path])
