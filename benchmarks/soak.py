@@ -81,10 +81,12 @@ def memory_of_children() -> int:
     return total
 
 
-def growth(memory: Sequence[tuple[float, int]], warm_up: float) -> float:
-    """Of the median memory: the last tenth of the time after the warm-up against the first tenth of it."""
-    warm = [size for seconds, size in memory if seconds >= warm_up] or [size for _, size in memory]
-    part = max(1, len(warm) // 10)
+def growth(memory: Sequence[tuple[float, int]], warm_up: float) -> float | None:
+    """Of the median memory: the last tenth of the time after the warm-up against the first; None if there are few."""
+    warm = [size for seconds, size in memory if seconds >= warm_up]
+    part = len(warm) // 10
+    if part < 3:
+        return None
     return statistics.median(warm[-part:]) / statistics.median(warm[:part]) - 1
 
 
@@ -156,10 +158,11 @@ def main() -> int:
     statuses = {what: {str(status): count for status, count in some.items()} for what, some in seen.statuses.items()}
     problems = [*seen.broken, *(f"plain vLLM answers {one}" for one in answered_there)]
     problems += [f"{one['wrong']} {kind} answers are wrong" for kind, one in judged.items() if one["wrong"]]
-    problems += [f"memory grew by {grown:.1%}"] if grown > MAX_GROWTH else []
+    problems += [f"memory grew by {grown:.1%}"] if grown is not None and grown > MAX_GROWTH else []
     for what, some in statuses.items():
         print(f"{what}: {some}")
-    print(f"memory {memory[0][1] / 2**20:.0f} -> {memory[-1][1] / 2**20:.0f} MiB, {grown:+.1%} after the warm-up")
+    change = "not judged" if grown is None else f"{grown:+.1%} after the warm-up"
+    print(f"memory {memory[0][1] >> 20} -> {memory[-1][1] >> 20} MiB, {change}")
     print(f"judged by the oracle: {judged}")
     for problem in problems[:20]:
         print(f"PROBLEM {problem}", file=sys.stderr)
@@ -167,7 +170,7 @@ def main() -> int:
     report |= {"minutes": options.minutes, "clients": options.clients, "seed": options.seed, "statuses": statuses}
     report |= {"failed": len(seen.failed), "finished_greedy": seen.num_answered, "judged": judged}
     report |= {"memory_mib": [[round(at), size >> 20] for at, size in memory[:: max(1, len(memory) // 30)]]}
-    keep(report | {"memory_growth": round(grown, 4), "problems": problems}, options.output)
+    keep(report | {"memory_growth": grown, "problems": problems}, options.output)
     return 1 if problems else 0
 
 

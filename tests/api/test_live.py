@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bench import run_benchmark
 from running_server import API_KEY, RunningServer, text_of
 from tiny_models import make_delta, make_tokenizer
 
@@ -150,6 +151,11 @@ def test_what_cannot_be_loaded(
     assert words in answer.json()["error"]["message"]
     assert names(server) == before
     assert server.http.get("/ready").status_code == 200
+
+
+def test_folders_broken_at_random(server: RunningServer, root: Path, folders: dict[str, Path]) -> None:
+    where = ("--url", server.url, "--admin-key", "admin", "--work", root / "broken")
+    run_benchmark("broken_deltas", "--delta", folders["a"], *where, "--count", "33", "--seed", "2")
 
 
 def test_a_watched_folder(server: RunningServer, root: Path, folders: dict[str, Path]) -> None:
