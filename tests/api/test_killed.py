@@ -1,4 +1,4 @@
-"""A worker that is killed under load: the server says so, its clients are told, and its supervisor can start it again."""
+"""A worker that is killed under load: the server says so, clients are told, and a supervisor can start it again."""
 
 from __future__ import annotations
 
