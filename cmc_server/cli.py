@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cmc_server.api.server import run_serve
 
             return run_serve(words[1:])
+        if words[:1] == ["bench"]:  # as above
+            from cmc_server.api.bench import run_bench
+
+            return run_bench(words[1:])
         if words[:2] == ["merge", "measure"]:  # one verb in two words; a BASE of that name is ./measure
             words[:2] = ["merge measure"]
         return _run(_parser().parse_args(words))
@@ -109,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cmc-server {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("serve", help="start the OpenAI-compatible server (cmc-server serve --help)", add_help=False)
+
+    verbs.add_parser("bench", help="measure a running server (cmc-server bench --help)", add_help=False)
 
     vocabulary_map = verbs.add_parser("map", help="build the vocabulary map from a user LLM to a delta")
     vocabulary_map.add_argument("user", metavar="USER", help="folder or hub id of the user LLM")
