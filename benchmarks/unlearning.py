@@ -17,6 +17,7 @@ Prints a table and, as its last line, one JSON object.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import subprocess
@@ -133,6 +134,7 @@ def train_baseline(work: Path, kind: str, model: str, seed: int) -> None:
         part.rename(folder)
 
     make(folder, train)
+    gc.collect()  # the Trainer and what it trained refer to each other, and take gigabytes
 
 
 def choose_questions(work: Path, kept: int) -> Path:
