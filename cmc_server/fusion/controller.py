@@ -69,7 +69,7 @@ class DeltaController:
         self._requests: dict[int, Request] = {}
         self._cached: dict[LoadedDelta, OrderedDict[int, Stream]] = {}
         self._watch = TopWatch()
-        #: By the names of all deltas that were ever loaded. Only the leader's are complete.
+        #: By the names of all deltas that were ever loaded.
         self.counts: dict[str, DeltaCounts] = {}
 
     @property
@@ -81,6 +81,11 @@ class DeltaController:
     def kept(self) -> Mapping[tuple[str, str], LoadedDelta]:
         """Deltas that were replaced or unloaded, by name and version: requests that chose them may still come."""
         return self._kept
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank runs the deltas; only there :attr:`counts` is complete."""
+        return self._exchange is None or self._exchange.is_leader
 
     def num_running(self, delta: LoadedDelta) -> int:
         """How many requests run on a delta."""
@@ -276,7 +281,7 @@ class DeltaController:
                 by_delta.setdefault(stream.delta, []).append((request, stream))
         outputs = {}
         for delta, pairs in by_delta.items():
-            logits = self._run(pairs) if self._exchange is None or self._exchange.is_leader else None
+            logits = self._run(pairs) if self.is_leader else None
             if logits is None:
                 logits = torch.zeros(len(pairs), delta.runner.vocab_size, device=device)
             outputs[delta] = Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
