@@ -107,6 +107,7 @@ class EngineSettings(FrozenModel):
         delta_roots: folders that hold whatever may be loaded then; empty means anywhere.
         state_file: JSON file with the deltas that came and went, shared by all API processes and read at start.
         watch_folder: its sub-folders are deltas, loaded and unloaded as they come, change and go.
+        access_log_format: ``json`` writes the access log as JSON objects.
         reserved_token_id: user token that ends a request whose delta failed; masked for steered rows.
             None (offline use): such a failure raises inside the engine.
     """
@@ -128,6 +129,7 @@ class EngineSettings(FrozenModel):
     delta_roots: tuple[str, ...] = ()
     state_file: str | None = None
     watch_folder: str | None = None
+    access_log_format: Literal["text", "json"] = "text"
     reserved_token_id: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")

@@ -14,12 +14,19 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from cmc_server.api import metrics
+from cmc_server.integrations import worker_metrics
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "deploy" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "cmc-server.json").read_text("utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
+OURS = [
+    metric
+    for module in (metrics, worker_metrics)
+    for metric in vars(module).values()
+    if isinstance(metric, MetricWrapperBase)
+]
 SERIES = re.compile(r"\b(?:cmc_|vllm:|http_)\w+")
 LABELS = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"|by \(([\w, ]+)\)")
 
@@ -45,8 +52,7 @@ def series_of(kind: str, name: str) -> set[str]:
 
 def known_series() -> set[str]:
     """Every series that the server can have: ours, vLLM's, and those of its HTTP instrumentation."""
-    ours = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
-    kinds = {metric._name: {Counter: "counter", Histogram: "histogram"}.get(type(metric), "gauge") for metric in ours}
+    kinds = {metric._name: {Counter: "counter", Histogram: "histogram"}.get(type(metric), "gauge") for metric in OURS}
     package = Path(str(importlib.util.find_spec("vllm").origin)).parent  # type: ignore[union-attr]
     loggers = (package / "v1" / "metrics" / "loggers.py").read_text("utf-8")
     theirs = re.findall(r"self\._(counter|gauge|histogram)_cls\(\s*name=\"(vllm:\w+)\"", loggers)
@@ -61,8 +67,17 @@ def test_query_asks_for_series_and_labels_that_exist(query: str) -> None:
     assert names or query.startswith("sum(up{")
     assert set(names) <= known_series()
     labels = {label.strip() for pair in LABELS.findall(query) for part in pair if part for label in part.split(",")}
-    of_ours = {label for metric in (metrics.REQUESTS, metrics.ERRORS) for label in metric._labelnames}
+    of_ours = {label for metric in OURS for label in metric._labelnames}
     assert labels <= of_ours | {"job", "instance", "model_name", "status", "le"}
+
+
+def test_every_metric_of_ours_is_documented() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text("utf-8")
+    documented = re.findall(r"^\| `(cmc_\w+)` \|(?: (\S+))? \|", text, re.MULTILINE)
+    names = {f"{metric._name}_total" if isinstance(metric, Counter) else metric._name: metric for metric in OURS}
+    assert dict(documented) == {
+        name: ", ".join(f"`{label}`" for label in metric._labelnames) for name, metric in names.items()
+    }
 
 
 def test_panels_are_titled_once_and_lie_side_by_side() -> None:

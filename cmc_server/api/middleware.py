@@ -21,9 +21,9 @@ from cmc_server.api.controls import GENERATING, STEERED_ROUTES, Controls, format
 from cmc_server.api.messages import read_chat
 from cmc_server.api.readiness import Readiness
 from cmc_server.api.rewrite import SteeredAnswer
-from cmc_server.api.stamp import SCOPE_KEY, route_of
+from cmc_server.api.stamp import REQUEST_ID, SCOPE_KEY, route_of
 from cmc_server.errors import ControlsError
-from cmc_server.integrations.request_args import ActiveDelta, RequestControls
+from cmc_server.integrations.request_args import MAX_REQUEST_ID, ActiveDelta, RequestControls
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class FrontDoor:
             await send_error(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit, route=route)
             return
         try:
-            steered = await _steer(body, route, catalog)
+            request_id = Headers(scope=scope).get(REQUEST_ID, "")[:MAX_REQUEST_ID]
+            steered = await _steer(body, route, catalog, request_id or None)
         except ControlsError as error:
             metrics.ERRORS.labels("controls").inc()
             await send_controls_error(send, error, route)
@@ -99,7 +100,7 @@ class FrontDoor:
             logger.exception("An answer on %s broke off.", route)
 
 
-async def _steer(body: bytes, route: str, catalog: Catalog) -> tuple[Controls, bytes] | None:
+async def _steer(body: bytes, route: str, catalog: Catalog, request_id: str | None) -> tuple[Controls, bytes] | None:
     """The controls of a request and its body for vLLM; None if the body is to pass untouched.
 
     Raises:
@@ -110,7 +111,7 @@ async def _steer(body: bytes, route: str, catalog: Catalog) -> tuple[Controls, b
     controls = None if document is None else read_controls(document, route, catalog.offer)
     if document is None or controls is None:
         return None
-    xargs = await _engine_arguments(document, controls, route, catalog)
+    xargs = await _engine_arguments(document, controls, route, catalog, request_id)
     changed = rewritten(document, controls, catalog.offer.base_model, xargs)
     try:
         return controls, json.dumps(changed).encode()
@@ -119,7 +120,7 @@ async def _steer(body: bytes, route: str, catalog: Catalog) -> tuple[Controls, b
 
 
 async def _engine_arguments(
-    document: Mapping[str, Any], controls: Controls, route: str, catalog: Catalog
+    document: Mapping[str, Any], controls: Controls, route: str, catalog: Catalog, request_id: str | None
 ) -> dict[str, str]:
     active = controls.active
     if not active:
@@ -130,7 +131,7 @@ async def _engine_arguments(
         ActiveDelta(name=delta.name, strength=delta.strength, version=delta.version, prompt_ids=prompt)
         for delta, prompt in zip(active, prompts, strict=True)
     )
-    return RequestControls(deltas=deltas, unmapped=controls.unmapped).to_extra_args()
+    return RequestControls(deltas=deltas, unmapped=controls.unmapped, request_id=request_id).to_extra_args()
 
 
 def _parse(body: bytes) -> dict[str, Any] | None:

@@ -175,6 +175,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where vocabulary maps are kept (default: ~/.cache/cmc-server/maps)",
     )
+    add(
+        "--access-log-format",
+        default=defaults.access_log_format,
+        metavar="{text,json}",
+        help="one line for each answer: request id, route, status, deltas, seconds (default: %(default)s)",
+    )
     return parser
 
 

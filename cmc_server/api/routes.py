@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
-from cmc_server.api import metrics
+from cmc_server.api import access_log, metrics
 from cmc_server.api.answers import error_body
 from cmc_server.api.catalog import Catalog, ServedDelta
 from cmc_server.api.changes import Changes, describe_delta
@@ -60,8 +60,10 @@ class DeltaEndpoints:
         Raises:
             UserError: the settings or a delta have become invalid since the launcher checked them.
         """
-        logging.getLogger("cmc_server.access").disabled = args.disable_uvicorn_access_log
+        access_log.logger.disabled = args.disable_uvicorn_access_log
         settings = EngineSettings.from_additional_config(args.additional_config)
+        if settings.access_log_format == "json":
+            access_log.log_as_json()
         catalog = Catalog(settings, ServedModels(state))
         guard_engine(
             engine_client,

@@ -9,7 +9,8 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,8 @@ SHUTDOWN_SECONDS: Final = 30
 ADMIN_KEY_VARIABLE: Final = "CMC_SERVER_ADMIN_KEY"
 _RUST_VARIABLES: Final = ("VLLM_USE_RUST_FRONTEND", "VLLM_RUST_FRONTEND_PATH")
 _ENDPOINT_PLUGINS: Final = "vllm.endpoint_plugins"
+#: Where all processes of one server put their metrics, for ``/metrics`` to add up.
+METRICS_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def run_serve(argv: list[str]) -> int:
@@ -51,6 +54,12 @@ def run_serve(argv: list[str]) -> int:
     _refuse_environment(os.environ)
     # Read by vLLM when it is first imported, and by every process that it starts.
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
+    with _metrics_folder(os.environ):
+        _start(settings, rest)
+    return 0
+
+
+def _start(settings: EngineSettings, rest: Sequence[str]) -> None:
     command, arguments = _parse_vllm(rest)
     _refuse_arguments(arguments)
     settings = _go_live(settings, os.environ, arguments)
@@ -62,7 +71,25 @@ def run_serve(argv: list[str]) -> int:
         _say("\n".join(checked.lines))
     _plug_in(arguments, settings)
     command.cmd(arguments)
-    return 0
+
+
+@contextmanager
+def _metrics_folder(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """A fresh folder for metrics while the server runs: what an earlier run left would be added up with what is new.
+
+    Prometheus's client reads the variable when it is first imported, which vLLM does.
+    """
+    given = environment.get(METRICS_VARIABLE)
+    if given:
+        Path(given).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="cmc-server-metrics-", dir=given, ignore_cleanup_errors=True) as folder:
+        environment[METRICS_VARIABLE] = folder
+        try:
+            yield
+        finally:
+            del environment[METRICS_VARIABLE]
+            if given:
+                environment[METRICS_VARIABLE] = given
 
 
 def _go_live(settings: EngineSettings, environment: Mapping[str, str], arguments: argparse.Namespace) -> EngineSettings:

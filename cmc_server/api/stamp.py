@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from typing import Final
+from uuid import uuid4
 
-from starlette.datastructures import Headers
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cmc_server.api.access_log import log_access
 from cmc_server.api.controls import STEERED_ROUTES
-
-logger = logging.getLogger("cmc_server.access")
 
 HEADER: Final = b"x-cmc-deltas"
 #: Where the front door leaves the header's value in the ASGI scope.
 SCOPE_KEY: Final = "cmc_server.deltas"
+#: vLLM takes its ids from it as well.
+REQUEST_ID: Final = "x-request-id"
 
 
 def route_of(scope: Scope) -> str:
@@ -34,7 +36,9 @@ class AnswerStamp:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        route, status, begin = route_of(scope), 0, time.monotonic()
+        if route in STEERED_ROUTES:
+            request_id = MutableHeaders(scope=scope).setdefault(REQUEST_ID, uuid4().hex)
 
         async def stamped(message: Message) -> None:
             nonlocal status
@@ -46,10 +50,8 @@ class AnswerStamp:
         try:
             await self._app(scope, receive, stamped)
         finally:
-            if route_of(scope) in STEERED_ROUTES and logger.isEnabledFor(logging.INFO):
-                request_id = Headers(scope=scope).get("x-request-id", "-")
-                # Status 0: the client left before there was an answer.
-                logger.info("%s %s %d deltas=%s", request_id, route_of(scope), status, _value(scope))
+            if route in STEERED_ROUTES:
+                log_access(request_id, route, status, _value(scope), time.monotonic() - begin)
 
 
 def _value(scope: Scope) -> str:

@@ -65,7 +65,7 @@ class BlockPool:
         for _ in range(count):
             if not self._free:
                 block, _ = self._kept.popitem(last=False)
-                self._unpublish(block)
+                self.hide(block)
                 self._free.append(block)
             blocks.append(self._free.pop())
             self._holders[blocks[-1]] = 1
@@ -116,10 +116,11 @@ class BlockPool:
         """Make a held block writable again; whether that is possible, since nobody else holds it."""
         if self._holders[block] > 1:
             return False
-        self._unpublish(block)
+        self.hide(block)
         return True
 
-    def _unpublish(self, block: int) -> None:
+    def hide(self, block: int) -> None:
+        """Let nobody find a held block any more; those who hold it keep it."""
         key = self._keys.pop(block, None)
         if key is not None:
             del self._published[key], self._marks[key]
@@ -198,6 +199,11 @@ class CachedSequence:
         taken = self._pool.take(missing) if missing > 0 else []
         self.blocks += taken
         return taken
+
+    def hide(self) -> None:
+        """Let nobody else find these blocks any more: what is cached in them may be at fault."""
+        for block in self.blocks:
+            self._pool.hide(block)
 
     def slots(self, start: int, stop: int) -> list[int]:
         """Where positions ``start`` to ``stop`` lie among all positions of the pool."""

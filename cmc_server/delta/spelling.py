@@ -136,6 +136,7 @@ class WholeDeltaInput:
         self._prompt_ids = list(prompt_ids)
         self._response: list[int] = []
         self.ids: list[int] = list(prompt_ids)
+        self.num_respellings = 0
 
     @property
     def num_settled(self) -> int:
@@ -145,7 +146,9 @@ class WholeDeltaInput:
     def extend(self, user_ids: Iterable[int]) -> int:
         """Append response tokens; how many leading ids are the same as before the call."""
         before = self.ids
-        self._response += user_ids
+        fresh = list(user_ids)
+        self.num_respellings += not all(map(self._speller.is_followed, fresh))
+        self._response += fresh
         self.ids = self._speller.delta_input(self._prompt_ids, self._response)
         pairs = enumerate(zip(before, self.ids, strict=False))
         return next((index for index, (old, new) in pairs if old != new), min(len(before), len(self.ids)))
@@ -160,11 +163,13 @@ class DeltaInput:
 
     Attributes:
         ids: the delta input; the caller must not change it.
+        num_respellings: how often the end of the response was spelled, where the map alone did not say how it goes on.
     """
 
     def __init__(self, speller: Speller, prompt_ids: Sequence[int]) -> None:
         self._speller = speller
         self.ids: list[int] = list(prompt_ids)
+        self.num_respellings = 0
         self._settled = len(self.ids)  # ids before this index never change again
         self._text = ""  # text after the last settled boundary
         self._decoder = _decoder()
@@ -186,6 +191,7 @@ class DeltaInput:
         pending = list(user_ids)
         last = next((at for at in range(len(pending), 0, -1) if not speller.is_followed(pending[at - 1])), 0)
         if last:
+            self.num_respellings += 1
             self._unspelled += pending[:last]
             keep = min(keep, self._respell())
         mapped = pending[last:]

@@ -15,10 +15,9 @@ A delta that fails never turns into base output: its row is forced to the reserv
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,20 +27,13 @@ from cmc_server.delta.runner import Feed
 from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput
 from cmc_server.errors import CapacityError, DeltaRuntimeError
 from cmc_server.fusion.beside import Beside
+from cmc_server.fusion.counts import DeltaCounts, Pass, TopWatch
 from cmc_server.fusion.exchange import Exchange, agree
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.rule import Shift, fuse_, fuse_by_copy_
-from cmc_server.fusion.streams import Output, Request, Row, Steering, Stream, same_deltas
+from cmc_server.fusion.streams import Ahead, Output, Request, Row, Steering, Stream, same_deltas
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """Forward passes that were begun before they are wanted, and for which slots."""
-
-    slots: list[int]
-    outputs: Future[dict[LoadedDelta, Output]]
 
 
 class DeltaController:
@@ -70,12 +62,15 @@ class DeltaController:
         self._reserved = reserved_token_id
         self._exchange = exchange
         self._beside = beside if exchange is None else None
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
         self._deltas: dict[str, LoadedDelta] = {}
         self._kept: dict[tuple[str, str], LoadedDelta] = {}
         self._retired: set[tuple[str, str]] = set()
         self._requests: dict[int, Request] = {}
         self._cached: dict[LoadedDelta, OrderedDict[int, Stream]] = {}
+        self._watch = TopWatch()
+        #: By the names of all deltas that were ever loaded.
+        self.counts: dict[str, DeltaCounts] = {}
 
     @property
     def deltas(self) -> Mapping[str, LoadedDelta]:
@@ -86,6 +81,11 @@ class DeltaController:
     def kept(self) -> Mapping[tuple[str, str], LoadedDelta]:
         """Deltas that were replaced or unloaded, by name and version: requests that chose them may still come."""
         return self._kept
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank runs the deltas; only there :attr:`counts` is complete."""
+        return self._exchange is None or self._exchange.is_leader
 
     def num_running(self, delta: LoadedDelta) -> int:
         """How many requests run on a delta."""
@@ -99,6 +99,7 @@ class DeltaController:
             self.unload(delta.name)
         self._deltas[delta.name] = delta
         self._cached.setdefault(delta, OrderedDict())
+        self.counts.setdefault(delta.name, DeltaCounts())
 
     def unload(self, name: str) -> None:
         """Take a delta out of use; it is kept for requests that chose it, until :meth:`retire`."""
@@ -120,7 +121,12 @@ class DeltaController:
         self._forget_retired()
 
     def admit(
-        self, slot: int, prompt: Sequence[int] | None, steering: Sequence[Steering], unmapped: Unmapped | None = None
+        self,
+        slot: int,
+        prompt: Sequence[int] | None,
+        steering: Sequence[Steering],
+        unmapped: Unmapped | None = None,
+        request_id: str | None = None,
     ) -> None:
         """Give a slot to a request. Whatever held the slot before is released.
 
@@ -129,13 +135,15 @@ class DeltaController:
             prompt: user token ids of the prompt, used where a steering brings no ``prompt_ids``; None if unknown.
             steering: the active deltas, at least one.
             unmapped: the request's policy; None lets the manifests decide.
+            request_id: what the log calls it, should it fail.
         """
         self.release(slot)
-        request = self._requests[slot] = Request()
-        try:
-            request.streams = [self._open(prompt, one) for one in steering]
-        except Exception as error:  # any cause must end the request, never the engine
-            self._fail(request, f"a delta could not be started: {error}")
+        request = self._requests[slot] = Request(request_id=request_id)
+        for one in steering:
+            try:
+                request.streams.append(self._open(prompt, one))
+            except Exception as error:  # any cause must end the request, never the engine
+                self._fail(request, f"delta {one.name!r} could not be started: {error}", one.name)
         policies = [stream.delta.artifact.manifest.unmapped for stream in request.streams]
         request.unmapped = unmapped or ("preserve" if "preserve" in policies else "zero")
 
@@ -145,11 +153,13 @@ class DeltaController:
         request = self._requests[slot]
         if request.failed or not token_ids:
             return
-        try:
-            for stream in request.streams:
+        request.is_counted = False
+        for stream in request.streams:
+            try:
                 stream.extend(token_ids)
-        except Exception as error:  # see admit
-            self._fail(request, f"the response could not be spelled: {error}")
+            except Exception as error:  # see admit
+                name = stream.delta.name
+                self._fail(request, f"the response could not be spelled for delta {name!r}: {error}", name)
 
     def release(self, slot: int) -> None:
         """Forget a request and free its cache; a slot that nobody holds is fine."""
@@ -174,7 +184,7 @@ class DeltaController:
         self._finish_ahead()
         requests = self._running(slots)
         if requests:
-            self._ahead = _Ahead(list(slots), self._beside.start(lambda: self._run_deltas(requests, device)))
+            self._ahead = Ahead(list(slots), self._beside.start(lambda: self._run_deltas(requests, device)))
 
     def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> Tensor:
         """Apply the rule in place.
@@ -199,15 +209,22 @@ class DeltaController:
         if self._exchange is not None:
             for output in outputs.values():
                 self._exchange.broadcast(output.logits)
+        healthy = {row: request for row, request in steered if not request.failed}
+        look = self._watch.look(list(healthy), logits)
         for members in same_deltas(steered).values():
             try:
                 self._apply(members, outputs, logits)
             except Exception as error:  # see admit
                 for _, request in members:
-                    self._fail(request, f"the logits could not be added: {error}")
+                    names = [stream.delta.name for stream in request.streams]
+                    self._fail(request, f"the logits could not be added: {error}", *names)
         for row, request in steered:
             if request.failed:
                 self._end(logits[row])
+            else:
+                request.count_token()
+        if look is not None and not healthy[look.row].failed:
+            look.count([stream.counts.top for stream in healthy[look.row].streams])
         return logits
 
     def _running(self, slots: Sequence[int]) -> list[Request]:
@@ -264,7 +281,7 @@ class DeltaController:
                 by_delta.setdefault(stream.delta, []).append((request, stream))
         outputs = {}
         for delta, pairs in by_delta.items():
-            logits = self._run(pairs) if self._exchange is None or self._exchange.is_leader else None
+            logits = self._run(pairs) if self.is_leader else None
             if logits is None:
                 logits = torch.zeros(len(pairs), delta.runner.vocab_size, device=device)
             outputs[delta] = Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
@@ -272,7 +289,9 @@ class DeltaController:
 
     def _run(self, pairs: list[tuple[Request, Stream]]) -> Tensor | None:
         """[len(pairs), D] float32, zeros for streams that have nothing to read; None if the delta failed."""
-        runner = pairs[0][1].delta.runner
+        delta = pairs[0][1].delta
+        runner, counts = delta.runner, self.counts[delta.name]
+        begin, num_tokens = time.perf_counter(), runner.num_tokens
         try:
             rows = [
                 row for row, (request, one) in enumerate(pairs) if one.text.ids and self._cache(request, one, pairs)
@@ -288,13 +307,16 @@ class DeltaController:
         except Exception as error:  # see admit
             for request, stream in pairs:
                 self._drop_cache(stream)
-                self._fail(request, f"delta {stream.delta.name!r} failed: {error}")
+                self._fail(request, f"delta {delta.name!r} failed: {error}", delta.name)
             return None
+        counts.passes.append(Pass(len(rows), time.perf_counter() - begin))
+        counts.read += runner.num_tokens - num_tokens
         for row, feed, is_finite in zip(rows, feeds, finite, strict=True):
             request, stream = pairs[row]
-            stream.keep = len(feed.ids)
+            stream.note_read(len(feed.ids))
             if not is_finite:
-                self._fail(request, f"delta {stream.delta.name!r} gave logits that are not finite")
+                feed.sequence.hide()
+                self._fail(request, f"delta {delta.name!r} gave logits that are not finite", delta.name)
         if len(rows) == len(pairs):
             return logits
         spread = torch.zeros(len(pairs), runner.vocab_size, device=logits.device)
@@ -322,8 +344,10 @@ class DeltaController:
             if prompt is None:
                 raise DeltaRuntimeError("the prompt has no token ids")
             prompt_ids = delta.prompt_ids(prompt)
-        stream = Stream(delta, steering.strength, self._input(delta.speller, prompt_ids))
+        counts = self.counts[delta.name]
+        stream = Stream(delta, steering.strength, self._input(delta.speller, prompt_ids), counts)
         stream.extend(())
+        counts.admissions += 1
         return stream
 
     def _cache(self, request: Request, stream: Stream, pairs: list[tuple[Request, Stream]]) -> bool:
@@ -334,11 +358,13 @@ class DeltaController:
                 in_step = {id(other) for _, other in pairs}
                 idle = next((other for key, other in cached.items() if key not in in_step), None)
                 if idle is None:
-                    error = CapacityError(f"more than {len(cached)} rows run on delta {stream.delta.name!r}")
-                    self._fail(request, f"{error}; raise --max-delta-seqs")
+                    name = stream.delta.name
+                    error = CapacityError(f"more than {len(cached)} rows run on delta {name!r}")
+                    self._fail(request, f"{error}; raise --max-delta-seqs", name)
                     return False
                 self._drop_cache(idle)
             stream.sequence, stream.keep = stream.delta.runner.new_sequence(), 0
+            stream.counts.rebuilds += stream.num_read > 0
             cached[id(stream)] = stream
         cached.move_to_end(id(stream))
         return True
@@ -358,9 +384,12 @@ class DeltaController:
                 if delta is not None:
                     del self._cached[delta]
 
-    def _fail(self, request: Request, reason: str) -> None:
+    def _fail(self, request: Request, reason: str, *names: str) -> None:
+        """End a request because of these deltas."""
         if not request.failed:
-            logger.error("A steered request ends with an error: %s.", reason)
+            logger.error("Request %s ends with an error: %s.", request.request_id or "without an id", reason)
+            for counts in (self.counts[name] for name in names if name in self.counts):
+                counts.failures += 1
         request.failed = True
         if self._reserved is None:
             raise DeltaRuntimeError(f"A steered request failed: {reason}.")

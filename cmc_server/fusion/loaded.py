@@ -15,7 +15,7 @@ from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.delta.runner import DeltaRunner
 from cmc_server.delta.spelling import Speller
 from cmc_server.delta.store import DeltaArtifact, open_delta, vocabulary_version
-from cmc_server.errors import DeltaError
+from cmc_server.errors import DeltaError, MapError
 from cmc_server.vocab.special import read_overrides
 from cmc_server.vocab.surface import Vocabulary, load_vocabulary
 from cmc_server.vocab.vocab_map import VocabularyMap, cached_map
@@ -85,7 +85,7 @@ class DeltaLoader:
 
         Raises:
             DeltaError: the artifact cannot be used, or its map covers too little of the user vocabulary.
-            MapError: the map cannot be built.
+            MapError: the map cannot be built, or does not fit the delta.
         """
         words = self._words_of(artifact)
         settings, vocab_map = self._settings, words.vocab_map
@@ -135,7 +135,13 @@ def map_tensor(vocab_map: VocabularyMap, num_delta_logits: int, device: torch.de
     """The map as the rule takes it: int64, or None for the identity over every delta logit.
 
     A delta whose logits are padded beyond its vocabulary keeps the explicit map, which leaves the padding out.
+
+    Raises:
+        MapError: the map names logits that the delta does not have; a GPU would read what lies behind them.
     """
+    highest = int(vocab_map.delta_ids.max(initial=-1))
+    if highest >= num_delta_logits:
+        raise MapError(f"The vocabulary map names the delta's token {highest}, but it has {num_delta_logits} logits.")
     if vocab_map.is_identity and len(vocab_map.delta_ids) == num_delta_logits:
         return None
     return torch.tensor(vocab_map.delta_ids, device=device, dtype=torch.int64)

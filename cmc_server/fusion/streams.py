@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from cmc_server.config import Unmapped
 from cmc_server.delta.blocks import CachedSequence
 from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput, window_drop
+from cmc_server.fusion.counts import DeltaCounts
 from cmc_server.fusion.loaded import LoadedDelta
 
 
@@ -42,17 +44,23 @@ class Stream:
     delta: LoadedDelta
     strength: float
     text: DeltaInput | WholeDeltaInput
+    counts: DeltaCounts
     sequence: CachedSequence | None = None
     dropped: int = 0
     keep: int = 0
+    num_read: int = 0  # how long the whole input was when it was last read
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append response tokens; the window moves on where it has to."""
+        num_respellings = self.text.num_respellings
         unchanged = self.text.extend(token_ids)
+        self.counts.respellings += self.text.num_respellings - num_respellings
         dropped = window_drop(len(self.text.ids), self.delta.runner.context_length)
         num_bos = self.num_bos
         kept = unchanged - self.dropped if unchanged >= num_bos + self.dropped else min(unchanged, num_bos)
         self.keep = min(self.keep, kept if dropped == self.dropped else num_bos)
+        if dropped != self.dropped and self.num_read:
+            self.counts.rebuilds += 1
         self.dropped = dropped
 
     @property
@@ -72,6 +80,13 @@ class Stream:
         ids = self.text.ids
         return ids[: self.num_bos] + ids[self.num_bos + self.dropped :] if self.dropped else ids
 
+    def note_read(self, num_ids: int) -> None:
+        """The delta has read the window, which has ``num_ids`` ids; from now on all of them are cached."""
+        num_fed = num_ids - min(self.keep, num_ids - 1)
+        num_new = max(0, len(self.text.ids) - self.num_read)
+        self.counts.recomputed += max(0, num_fed - num_new)
+        self.keep, self.num_read = num_ids, len(self.text.ids)
+
 
 @dataclass(eq=False)
 class Request:
@@ -80,6 +95,15 @@ class Request:
     streams: list[Stream] = field(default_factory=list)
     unmapped: Unmapped = "zero"
     failed: bool = False
+    request_id: str | None = None
+    is_counted: bool = False  # whether the token that comes next is
+
+    def count_token(self) -> None:
+        """A token is about to be chosen; a step that is repeated for the same response counts once."""
+        if not self.is_counted:
+            for stream in self.streams:
+                stream.counts.tokens += 1
+        self.is_counted = True
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,14 @@ class Output:
         if rows == list(range(self.logits.shape[0])):
             return self.logits
         return self.logits.index_select(0, torch.tensor(rows, device=self.logits.device))
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Forward passes that were begun before they are wanted, and for which slots."""
+
+    slots: list[int]
+    outputs: Future[dict[LoadedDelta, Output]]
 
 
 #: A row of the logits and the request that it belongs to.

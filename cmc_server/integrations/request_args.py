@@ -18,6 +18,8 @@ from cmc_server.errors import ControlsError
 #: The key in ``extra_args``. Clients may not send keys that begin with it.
 EXTRA_ARGS_KEY = "cmc"
 MAX_DELTAS = 64
+#: Characters; of a longer id, the front door sends the beginning.
+MAX_REQUEST_ID = 128
 
 
 class ActiveDelta(FrozenModel):
@@ -42,10 +44,12 @@ class RequestControls(FrozenModel):
     Args:
         deltas: none is the base model.
         unmapped: None lets the manifests decide, see design.
+        request_id: what the workers' log calls the request.
     """
 
     deltas: tuple[ActiveDelta, ...] = Field(default=(), max_length=MAX_DELTAS)
     unmapped: Unmapped | None = None
+    request_id: str | None = Field(default=None, max_length=MAX_REQUEST_ID)
 
     @field_validator("deltas")
     @classmethod

@@ -91,7 +91,9 @@ class V1Adapter:
         outputs = tracked.outputs
         if tracked.consumed is None or len(outputs) < tracked.consumed:  # new, or vLLM took tokens back
             controls = tracked.controls
-            self._controller.admit(tracked.slot, tracked.prompt, controls.deltas, controls.unmapped)
+            self._controller.admit(
+                tracked.slot, tracked.prompt, controls.deltas, controls.unmapped, controls.request_id
+            )
             tracked.consumed = 0
         if len(outputs) == tracked.consumed:
             return

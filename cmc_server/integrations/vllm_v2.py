@@ -110,7 +110,9 @@ class V2Adapter:
         if tracked.known is None:
             prompt_len = int(self._states.prompt_len.np[slot])
             tokens = self._tokens(slot, 0, length)
-            self._controller.admit(slot, tokens[:prompt_len], tracked.controls.deltas, tracked.controls.unmapped)
+            controls = tracked.controls
+            prompt = tokens[:prompt_len]
+            self._controller.admit(slot, prompt, controls.deltas, controls.unmapped, controls.request_id)
             self._controller.advance(slot, tokens[prompt_len:])
         elif arrived and length == tracked.known + 1:
             self._controller.advance(slot, [arrived[1]])

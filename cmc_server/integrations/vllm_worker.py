@@ -17,6 +17,7 @@ from cmc_server.fusion.beside import Beside, spare_cores
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.loaded import DeltaLoader, delta_dtype
 from cmc_server.integrations.vllm_shelf import Shelf
+from cmc_server.integrations.worker_metrics import publish_metrics
 from cmc_server.vocab.surface import load_vocabulary
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def start_deltas(vllm_config: VllmConfig, device: torch.device, runner: Literal[
     deltas = WorkerDeltas(settings, runner)
     if (settings.deltas or settings.live) and _samples_here():
         _load_deltas(deltas, settings, vllm_config, device)
+        if deltas.is_leader:
+            publish_metrics(deltas)
     _current = deltas
     return deltas
 

@@ -89,6 +89,7 @@ class VocabularyMap:
             "algorithm_version": str(self.algorithm_version),
             "counts": json.dumps(dict(self.counts)),
         }
+        metadata["digest"] = _digest(self.delta_ids, self.match, metadata)
         data = save({"delta_ids": self.delta_ids, "match": self.match}, metadata)
         try:
             _write_atomically(path, data)
@@ -107,9 +108,12 @@ class VocabularyMap:
                 metadata = tensors.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise MapError(f"{path} is not a vocabulary map.")
+                delta_ids, match = tensors.get_tensor("delta_ids"), tensors.get_tensor("match")
+                if metadata.pop("digest") != _digest(delta_ids, match, metadata):
+                    raise ValueError("its digest is another one")
                 return cls(
-                    delta_ids=tensors.get_tensor("delta_ids"),
-                    match=tensors.get_tensor("match"),
+                    delta_ids=delta_ids,
+                    match=match,
                     user_fingerprint=metadata["user_fingerprint"],
                     delta_fingerprint=metadata["delta_fingerprint"],
                     algorithm_version=int(metadata["algorithm_version"]),
@@ -188,6 +192,12 @@ def default_cache_dir() -> Path:
     """``maps`` in the folder that ``CMC_SERVER_CACHE`` names, else in ``~/.cache/cmc-server``."""
     root = os.environ.get(CACHE_VARIABLE)
     return (Path(root).expanduser() if root else Path.home() / ".cache" / "cmc-server") / "maps"
+
+
+def _digest(ids: NDArray[np.int32], match: NDArray[np.uint8], metadata: Mapping[str, str]) -> str:
+    """Of everything in the file: a token that points elsewhere looks like any other."""
+    words = json.dumps(metadata, sort_keys=True).encode()
+    return hashlib.sha256(b"".join([words, b"\0", ids.tobytes(), match.tobytes()])).hexdigest()
 
 
 def _counts(ids: NDArray[np.int32], match: NDArray[np.uint8], user: Vocabulary) -> dict[str, int]:

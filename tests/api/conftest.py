@@ -26,9 +26,11 @@ with warnings.catch_warnings():
 def own_loggers() -> Iterator[None]:
     """The plugin gives our loggers vLLM's handlers; other tests want them as they were."""
     root, access = logging.getLogger("cmc_server"), logging.getLogger("cmc_server.access")
-    before = (root.handlers, root.level, root.propagate, access.disabled)
+    before = (root.handlers, root.level, root.propagate)
+    before_access = (access.handlers, access.disabled, access.propagate)
     yield
-    root.handlers, root.level, root.propagate, access.disabled = before
+    root.handlers, root.level, root.propagate = before
+    access.handlers, access.disabled, access.propagate = before_access
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plugin_app import HEADERS, Engine, start
 from starlette.testclient import TestClient
 
 from cmc_server.api import middleware
 from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.delta.prompt import PromptEncoder
-from cmc_server.integrations.request_args import RequestControls
+from cmc_server.integrations.request_args import MAX_REQUEST_ID, RequestControls
 from cmc_server.vocab.surface import load_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -115,8 +118,9 @@ def test_completions_send_no_prompt_ids(client: TestClient) -> None:
     [("/v1/responses", {"input": "Hello"}), ("/v1/messages", {"messages": USER, "max_tokens": 5})],
 )
 def test_other_chats_are_encoded(client: TestClient, route: str, body: dict[str, Any]) -> None:
-    chat = sent_controls(client.post(CHAT, json={"model": "tiny", "messages": USER}))
-    assert sent_controls(client.post(route, json={"model": "tiny", **body})) == chat
+    same = {"x-request-id": "r1"}
+    chat = sent_controls(client.post(CHAT, json={"model": "tiny", "messages": USER}, headers=same))
+    assert sent_controls(client.post(route, json={"model": "tiny", **body}, headers=same)) == chat
 
 
 def test_streams_repeat_the_model_that_was_asked_for(client: TestClient) -> None:
@@ -211,10 +215,36 @@ def test_the_access_log(client: TestClient, versions: dict[str, str], caplog: py
             client.post("/tokenize", json={"prompt": "a"})
     finally:
         logger.removeHandler(caplog.handler)
-    assert list(dict.fromkeys(caplog.messages)) == [
-        f"r1 {CHAT} 200 deltas=tiny@1#{versions['tiny']}",
-        f"- {CHAT} 400 deltas=none",
-    ]
+    first, second = dict.fromkeys(caplog.messages)
+    assert re.fullmatch(rf"r1 {CHAT} 200 deltas=tiny@1#{versions['tiny']} seconds=\d+\.\d+", first)
+    assert re.fullmatch(rf"[0-9a-f]{{32}} {CHAT} 400 deltas=none seconds=\d+\.\d+", second)
+
+
+def test_the_access_log_as_json(
+    engine: Engine, deltas: dict[str, Path], versions: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = start(engine, deltas, access_log_format="json")
+    with TestClient(app, headers=HEADERS, raise_server_exceptions=False) as client:
+        capsys.readouterr()
+        client.post(CHAT, json={"model": "tiny", "messages": USER}, headers={"x-request-id": 'r"1'})
+        client.post("/v1/completions", json={"model": "base", "prompt": "a"}, params={"fail": 1})
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first.pop("seconds") >= 0
+    assert datetime.fromisoformat(first.pop("time")).tzinfo is not None
+    tiny = f"tiny@1#{versions['tiny']}"
+    assert first == {"request_id": 'r"1', "route": CHAT, "status": 200, "deltas": tiny}
+    assert (second["status"], second["deltas"], len(second["request_id"])) == (500, "none", 32)
+
+
+def test_the_workers_learn_the_request_s_id(client: TestClient) -> None:
+    def sent(headers: dict[str, str]) -> str | None:
+        return sent_controls(client.post(CHAT, json={"model": "tiny", "messages": USER}, headers=headers)).request_id
+
+    assert sent({"x-request-id": "r1"}) == "r1"
+    assert sent({"x-request-id": "r" * 1000}) == "r" * MAX_REQUEST_ID
+    made_up = sent({})
+    assert made_up is not None
+    assert len(made_up) == 32
 
 
 def test_metrics_count_what_happened(client: TestClient) -> None:

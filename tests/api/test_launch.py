@@ -18,7 +18,7 @@ import pytest
 from running_server import RunningServer
 from tiny_models import make_delta, make_tokenizer
 
-from cmc_server.api.server import run_serve
+from cmc_server.api.server import METRICS_VARIABLE, _metrics_folder, run_serve
 from cmc_server.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,6 +81,28 @@ def test_no_model(argv: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         run_serve(argv)
     assert "\n" not in str(caught.value)
+
+
+def test_metrics_begin_in_a_fresh_folder_that_goes_with_the_server(tmp_path: Path) -> None:
+    for given in (None, str(tmp_path / "metrics")):
+        environment = {"OTHER": "1", **({METRICS_VARIABLE: given} if given else {})}
+        before = dict(environment)
+        with pytest.raises(SystemExit), _metrics_folder(environment):
+            folder = Path(environment[METRICS_VARIABLE])
+            assert list(folder.iterdir()) == []
+            assert given is None or str(folder.parent) == given
+            (folder / "counter_1.db").touch()
+            raise SystemExit
+        assert not folder.exists()
+        assert environment == before
+
+
+@pytest.mark.slow
+def test_nothing_of_prometheus_is_imported_before_its_folder_is_named() -> None:
+    """Or the processes of the server would count each for itself."""
+    code = "import sys, cmc_server.__main__, cmc_server.cli, cmc_server.api.server; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not {name for name in done.stdout.split() if name.startswith(("prometheus", "vllm"))}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from bench import run_benchmark
+from prometheus_client.parser import text_string_to_metric_families
 from running_server import API_KEY, RunningServer, text_of
 from tiny_models import make_delta, make_tokenizer
 
@@ -45,6 +46,7 @@ def start(root: Path, user: Path, log: Path) -> RunningServer:
         *[str(user), "--served-model-name", "smollm2", "--enforce-eager", "--dtype", "float32"],
         *["--max-model-len", "1024", "--max-num-seqs", "8", "--delta-memory", "0.2", "--delta-root", str(root)],
         *["--delta-state", str(root / "state.json"), "--watch-deltas", str(root / "watched")],
+        *["--access-log-format", "json"],
     ]
     return RunningServer(arguments, log).wait_until_ready()
 
@@ -91,6 +93,44 @@ def test_a_delta_comes_and_goes(server: RunningServer, folders: dict[str, Path])
     assert names(server) == []
     assert complete(server, "fresh").status_code == 404
     assert unload(server, "fresh").status_code == 404
+
+
+def test_metrics_of_the_workers(server: RunningServer, folders: dict[str, Path]) -> None:
+    assert load(server, "counted", folders["b"]).status_code == 201
+    answer = complete(server, "counted", 8, n=2, temperature=1)
+    time.sleep(2)  # they publish once a second
+    after = samples(server)
+    request_id = answer.json()["id"].removeprefix("cmpl-")
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if f'"{request_id}"' in line]
+    assert [(line["status"], line["deltas"]) for line in lines] == [(200, answer.headers["x-cmc-deltas"])]
+
+    assert after["cmc_requests_total", "counted"] == 1
+    assert after["cmc_delta_admissions_total", "counted"] == 2
+    assert after["cmc_delta_tokens_total", "counted"] == 16
+    assert after["cmc_delta_step_rows_sum", "counted"] >= 16
+    assert 8 <= after["cmc_delta_step_rows_count", "counted"] == after["cmc_delta_step_seconds_count", "counted"]
+    assert 0 < after["cmc_delta_step_seconds_sum", "counted"] < 60
+    assert after["cmc_delta_read_tokens_total", "counted"] > 16
+    for name in ("failures", "recomputed_tokens", "respellings", "rebuilds", "top_token_looks", "top_token_changes"):
+        assert (f"cmc_delta_{name}_total", "counted") in after
+    assert after["cmc_delta_loaded", "counted"] == after["cmc_delta_mapped_share", "counted"] == 1
+    assert after["cmc_delta_memory_bytes", "counted"] > 0
+    assert any(name == "vllm:request_success_total" for name, _ in after)
+    assert any(name == "http_requests_total" for name, _ in after)
+
+    assert unload(server, "counted").status_code == 200
+    time.sleep(2)
+    gone = samples(server)
+    assert gone["cmc_delta_loaded", "counted"] == 0
+    assert gone["cmc_delta_tokens_total", "counted"] == 16
+
+
+def samples(server: RunningServer) -> dict[tuple[str, str], float]:
+    """What ``/metrics`` says, by name and delta; each series is there once."""
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    found = [sample for family in families for sample in family.samples]
+    assert len({(sample.name, *sorted(sample.labels.items())) for sample in found}) == len(found)
+    return {(sample.name, sample.labels.get("delta", "")): sample.value for sample in found}
 
 
 def test_requests_finish_on_the_version_that_they_chose(server: RunningServer, folders: dict[str, Path]) -> None:

@@ -24,7 +24,7 @@ def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
         "model", "--port", "0", "--delta", "a=x@0.5", "--hf-overrides", '{"a": -1}', "--delta=b=org/b", "-tp", "2",
         "--strength-bounds", "-2", "3", "--max-deltas", "7", "--max-delta-seqs", "9", "--delta-memory", "0.5",
         "--delta-dtype", "float32", "--min-coverage", "0.1", "--force-coverage", "--map-overrides", "o.json",
-        "--default-delta", "a@2", "--require-delta=b", "--require-delta", "a@-1",
+        "--access-log-format", "json", "--default-delta", "a@2", "--require-delta=b", "--require-delta", "a@-1",
         "--delta-cache-dir", "cache", "--delta-fast-paths", "rule,head", "--served-model-name", "m1", "m2", "-1",
     ]  # fmt: skip
     settings, rest = parse_options(argv)
@@ -42,6 +42,7 @@ def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
         min_coverage=0.1,
         force_coverage=True,
         map_overrides="o.json",
+        access_log_format="json",
         cache_dir="cache",
         fast_paths=frozenset({"rule", "head"}),
     )

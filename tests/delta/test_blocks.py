@@ -147,3 +147,23 @@ def test_shared_blocks_always_hold_what_their_sequences_read(
             assert cached == read[: one.length]
     held = {block for sequence in sequences for block in sequence.blocks}
     assert len(held) + pool.num_free == pool.num_blocks
+
+
+def test_what_may_be_at_fault_is_found_by_nobody_and_kept_by_those_who_hold_it() -> None:
+    pool = BlockPool(num_blocks=8, block_size=4)
+    first, second, third = (CachedSequence(pool) for _ in range(3))
+    fill(first, list(range(10)))
+    fill(second, list(range(12)))
+    assert second.blocks[:2] == first.blocks[:2]
+    first.hide()
+    fill(third, list(range(10)))
+    assert not set(third.blocks) & set(first.blocks)
+    first.free()
+    second.truncate(6)  # nobody else is there any more, so that it may write to its second block
+    assert second.length == 6
+    for sequence in (second, third):
+        sequence.free()
+    assert pool.num_free == 8
+    fourth = CachedSequence(pool)
+    fourth.adopt(list(range(10)))
+    assert fourth.length == 8  # of the third's, which are sound

@@ -34,8 +34,9 @@ class Recorder:
         self.prompts: dict[int, Any] = {}
         self.begun: list[Any] | None = None
 
-    def admit(self, slot: int, prompt: Sequence[int] | None, *_: Any) -> None:
+    def admit(self, slot: int, prompt: Sequence[int] | None, *rest: Any) -> None:
         self.prompts[slot], self.tokens[slot] = prompt, []
+        self.request_id = rest[-1]
 
     def advance(self, slot: int, token_ids: Sequence[int]) -> None:
         self.tokens[slot] += token_ids
@@ -113,6 +114,14 @@ def test_strength_zero_is_base_traffic(adapter: V1Adapter, recorder: Recorder) -
     logits = torch.zeros(1, 4)
     assert adapter.apply(logits) is logits
     assert recorder.tokens == {}
+
+
+def test_the_log_can_name_the_request(adapter: V1Adapter, recorder: Recorder) -> None:
+    controls = RequestControls(deltas=(ActiveDelta(name="d", strength=1.0),), request_id="r1")
+    params = SamplingParams(extra_args=controls.to_extra_args())  # type: ignore[arg-type]
+    adapter.update(update(added=[(0, params, [1], [])]))
+    adapter.apply(torch.zeros(1, 4))
+    assert recorder.request_id == "r1"
 
 
 def test_placeholders_are_never_taken_for_tokens(adapter: V1Adapter) -> None:

@@ -79,7 +79,7 @@ def test_file(pair: tuple[Vocabulary, Vocabulary], tmp_path: Path) -> None:
         assert set(tensors.keys()) == {"delta_ids", "match"}
         assert tensors.get_tensor("delta_ids").dtype == np.int32
         assert tensors.get_tensor("match").dtype == np.uint8
-        keys = {"format", "user_fingerprint", "delta_fingerprint", "algorithm_version", "counts"}
+        keys = {"format", "user_fingerprint", "delta_fingerprint", "algorithm_version", "counts", "digest"}
         assert set(tensors.metadata()) == keys
     assert [entry.name for entry in path.parent.iterdir()] == ["map.safetensors"]
 
@@ -143,7 +143,22 @@ def test_the_cache_tells_overrides_roles_and_versions_apart(
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("damage", ["cut", "other"])
+def damage_quietly(path: Path, damage: str) -> None:
+    """Change one thing, so that what is left is still a map of these vocabularies."""
+    with safe_open(path, framework="numpy") as tensors:
+        metadata = tensors.metadata()
+        arrays = {name: tensors.get_tensor(name) for name in ("delta_ids", "match")}
+    if damage == "one token":
+        arrays["delta_ids"][2] = 3
+    elif damage == "a count":
+        metadata["counts"] = metadata["counts"].replace('"ordinary_mapped": ', '"ordinary_mapped": 1')
+    else:
+        del metadata["digest"]
+    path.unlink()
+    save_file(arrays, path, metadata)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "one token", "a count", "no digest"])
 def test_a_damaged_cache_is_rebuilt_with_a_warning(
     damage: str, pair: tuple[Vocabulary, Vocabulary], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,8 +167,10 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(
     [path] = tmp_path.iterdir()
     if damage == "cut":
         path.write_bytes(b"nonsense")
-    else:
+    elif damage == "other":
         build_map(delta, user).save(path)
+    else:
+        damage_quietly(path, damage)
     with caplog.at_level(logging.WARNING):
         again = cached_map(user, delta, cache_dir=tmp_path)
     assert "Rebuilding" in caplog.text
