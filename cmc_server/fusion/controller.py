@@ -25,10 +25,10 @@ from torch import Tensor
 from cmc_server.config import FAST_PATHS, FastPath, Unmapped
 from cmc_server.delta.runner import Feed
 from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput
-from cmc_server.errors import CapacityError, DeltaRuntimeError
+from cmc_server.errors import DeltaRuntimeError
 from cmc_server.fusion.beside import Beside
 from cmc_server.fusion.counts import DeltaCounts, Pass, TopWatch
-from cmc_server.fusion.exchange import Exchange, agree
+from cmc_server.fusion.exchange import Exchange, anywhere
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.rule import Shift, fuse_, fuse_by_copy_
 from cmc_server.fusion.streams import Ahead, Output, Request, Row, Steering, Stream, same_deltas
@@ -205,7 +205,6 @@ class DeltaController:
         outputs = self._take_ahead(slots)
         if outputs is None:
             outputs = self._run_aside(self._running(slots), logits.device)
-        self._agree(steered, logits.device)
         if self._exchange is not None:
             for output in outputs.values():
                 self._exchange.broadcast(output.logits)
@@ -216,8 +215,8 @@ class DeltaController:
                 self._apply(members, outputs, logits)
             except Exception as error:  # see admit
                 for _, request in members:
-                    names = [stream.delta.name for stream in request.streams]
-                    self._fail(request, f"the logits could not be added: {error}", *names)
+                    self._fail(request, f"the logits could not be added: {error}", *request.delta_names)
+        self._agree(steered, logits.device)
         for row, request in steered:
             if request.failed:
                 self._end(logits[row])
@@ -323,11 +322,14 @@ class DeltaController:
         return spread.index_copy_(0, torch.tensor(rows, device=logits.device, dtype=torch.int64), logits)
 
     def _agree(self, steered: Sequence[Row], device: torch.device) -> None:
-        """Take over the leader's word on which requests failed."""
-        if self._exchange is not None:
-            failed = agree(self._exchange, [request.failed for _, request in steered], device)
-            for (_, request), has_failed in zip(steered, failed, strict=True):
-                request.failed = has_failed
+        """A request that failed on any rank fails on this one, too."""
+        if self._exchange is None:
+            return
+        failed = anywhere(self._exchange, [request.failed for _, request in steered], device)
+        for (_, request), has_failed in zip(steered, failed, strict=True):
+            request.failed = has_failed
+        if self._reserved is None and any(failed):  # put off until here, since all ranks have to come this far
+            raise DeltaRuntimeError("A steered request failed on one of the ranks; its log says why.")
 
     def _open(self, prompt: Sequence[int] | None, steering: Steering) -> Stream:
         delta = self._deltas.get(steering.name)
@@ -359,8 +361,8 @@ class DeltaController:
                 idle = next((other for key, other in cached.items() if key not in in_step), None)
                 if idle is None:
                     name = stream.delta.name
-                    error = CapacityError(f"more than {len(cached)} rows run on delta {name!r}")
-                    self._fail(request, f"{error}; raise --max-delta-seqs", name)
+                    reason = f"more than {len(cached)} rows run on delta {name!r}; raise --max-delta-seqs"
+                    self._fail(request, reason, name)
                     return False
                 self._drop_cache(idle)
             stream.sequence, stream.keep = stream.delta.runner.new_sequence(), 0
@@ -391,9 +393,8 @@ class DeltaController:
             for counts in (self.counts[name] for name in names if name in self.counts):
                 counts.failures += 1
         request.failed = True
-        if self._reserved is None:
+        if self._reserved is None and self._exchange is None:
             raise DeltaRuntimeError(f"A steered request failed: {reason}.")
 
     def _end(self, row: Tensor) -> None:
-        row.fill_(-torch.inf)
-        row[self._reserved] = 0.0
+        row.fill_(-torch.inf)[self._reserved] = 0.0

@@ -98,6 +98,11 @@ class Request:
     request_id: str | None = None
     is_counted: bool = False  # whether the token that comes next is
 
+    @property
+    def delta_names(self) -> list[str]:
+        """Names of the deltas, in the order of the streams."""
+        return [stream.delta.name for stream in self.streams]
+
     def count_token(self) -> None:
         """A token is about to be chosen; a step that is repeated for the same response counts once."""
         if not self.is_counted:

@@ -159,6 +159,10 @@ class _TensorParallel:
     def broadcast(self, tensor: Tensor) -> None:
         self._group.broadcast(tensor)
 
+    def add(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self._group.all_reduce(tensor)
+        return total
+
 
 def _exchange() -> _TensorParallel | None:
     from vllm.distributed.parallel_state import get_tp_group
