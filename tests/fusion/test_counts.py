@@ -200,6 +200,25 @@ def test_a_row_that_failed_is_not_looked_at(steered: Steered, monkeypatch: pytes
     assert controller.counts["same"].tokens == 0
 
 
+class Follower:
+    """As a rank sees the others that does not run the deltas; it is told what its neighbours are told."""
+
+    is_leader = False
+
+    def broadcast(self, tensor: torch.Tensor) -> None: ...
+
+
+def test_only_the_leader_counts_what_the_deltas_did(steered: Steered) -> None:
+    controller = DeltaController(RESERVED, Follower())
+    controller.load(steered.load("same"))
+    admit(controller, 0, [7, 8], "same")
+    shift(controller, steered.vocabulary.size, 0)
+    assert not controller.is_leader
+    assert not controller.counts["same"].passes
+    assert controller.counts["same"].read == 0
+    assert DeltaController(RESERVED).is_leader
+
+
 def test_passes_that_nobody_takes_are_forgotten() -> None:
     passes = DeltaCounts().passes
     assert passes.maxlen is not None

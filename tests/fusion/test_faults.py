@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cmc_server.config import DeltaSource
 from cmc_server.errors import CapacityError, MapError
+from cmc_server.fusion.beside import Beside
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.loaded import LoadedDelta, load_delta, map_tensor
 from cmc_server.integrations.request_args import ActiveDelta
@@ -102,10 +104,11 @@ IN_THE_STEP: list[Fault] = [
 ]
 
 
-@pytest.fixture
-def controllers(steered: Steered) -> tuple[DeltaController, DeltaController]:
+@pytest.fixture(params=["alone", "beside"])
+def controllers(steered: Steered, request: pytest.FixtureRequest) -> tuple[DeltaController, DeltaController]:
     """One for faults, and one that goes the same way without them."""
-    made = DeltaController(RESERVED), DeltaController(RESERVED)
+    beside = Beside(frozenset(list(os.sched_getaffinity(0))[:1])) if request.param == "beside" else None
+    made = DeltaController(RESERVED, beside=beside), DeltaController(RESERVED, beside=beside)
     for controller in made:
         for name in steered.deltas:
             controller.load(steered.load(name))
@@ -120,6 +123,7 @@ def admit(controller: DeltaController, slot: int, names: tuple[str, ...]) -> Non
 
 
 def step(controller: DeltaController, size: int) -> Tensor:
+    controller.begin(range(len(SLOTS)), CPU)
     logits = torch.randn(len(SLOTS) + 1, size, generator=torch.Generator().manual_seed(0))
     return controller.shift([(slot, slot) for slot in range(len(SLOTS))], logits)
 
@@ -140,7 +144,9 @@ def advance(controller: DeltaController, tokens: list[int]) -> None:
         controller.advance(slot, tokens)
 
 
-@pytest.mark.parametrize("when", ["at once", "under way"])
+@pytest.mark.parametrize(
+    ("controllers", "when"), [("alone", "at once"), ("beside", "under way")], indirect=["controllers"]
+)
 @pytest.mark.parametrize("fault", IN_THE_STEP)
 def test_in_a_step(
     fault: Fault,
