@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Pattern:
 Target = int | Pattern
 
 
-def shared_out(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
+def shared_out(sizes: Sequence[int], shares: Sequence[float], gone: Sequence[int] | None = None) -> list[int]:
     """How many weights of each part go, so that the number in all is right and not only nearly.
 
     Rounding each part by itself lets errors add up; here each part gets what is missing from the rounded running total.
@@ -63,15 +64,28 @@ def shared_out(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
     Args:
         sizes: weights of each part.
         shares: in [0, 1], of each part.
+        gone: how many went before, and stay away; what goes now is shared out by what each part lacks.
 
     Returns:
-        One number for each part, within 1 of its size times its share; the sum is the sum of those products, rounded.
+        One number for each part, at least what went before; the sum is that of sizes times shares, rounded, unless more
+        went before.
     """
-    wanted, given, numbers = 0.0, 0, []
-    for size, share in zip(sizes, shares, strict=True):
-        wanted += size * share
-        numbers.append(min(size, round(wanted) - given))
-        given += numbers[-1]
+    numbers = list(gone or [0] * len(sizes))
+    products = [size * share for size, share in zip(sizes, shares, strict=True)]
+    missing = round(math.fsum(products)) - sum(numbers)
+    if missing <= 0:
+        return numbers
+    lacking = [max(0.0, product - number) for product, number in zip(products, numbers, strict=True)]
+    scale, wanted, given = missing / math.fsum(lacking), 0.0, 0
+    for index, lack in enumerate(lacking):
+        wanted += lack * scale
+        more = min(sizes[index] - numbers[index], round(wanted) - given)
+        numbers[index] += more
+        given += more
+    for index, size in enumerate(sizes):  # what a full part could not take at the end
+        more = min(size - numbers[index], missing - given)
+        numbers[index] += more
+        given += more
     return numbers
 
 

@@ -80,15 +80,18 @@ def check_pattern(blocks: Sequence[Block], pattern: Pattern) -> None:
             )
 
 
-def targets_of(blocks: Sequence[Block], sparsities: Sequence[float]) -> dict[str, Target]:
+def targets_of(blocks: Sequence[Block], sparsities: Sequence[float], before: Mapping[str, Tensor]) -> dict[str, Target]:
     """How many weights of each layer go, so that the number over all of them is right.
 
     Args:
         blocks: what is pruned.
         sparsities: of the layers of each block.
+        before: masks of an earlier round; no layer is given less than it lost there.
     """
     layers = [(layer, share) for block, share in zip(blocks, sparsities, strict=True) for layer in block.layers]
-    numbers = shared_out([layer.weight.numel() for layer, _ in layers], [share for _, share in layers])
+    sizes = [layer.weight.numel() for layer, _ in layers]
+    gone = [int((~before[layer.name]).sum()) if layer.name in before else 0 for layer, _ in layers]
+    numbers = shared_out(sizes, [share for _, share in layers], gone)
     return {layer.name: number for (layer, _), number in zip(layers, numbers, strict=True)}
 
 

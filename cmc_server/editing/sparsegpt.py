@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,10 @@ def sparsegpt(
     silent = gram.diagonal() == 0
     size = BLOCK if isinstance(target, int) else max(BLOCK // target.of, 1) * target.of
     blocks = [slice(first, min(first + size, width)) for first in range(0, width, size)]
-    areas = [len(weight) * (block.stop - block.start) for block in blocks]
-    numbers = shared_out(areas, [target / weight.numel()] * len(areas)) if isinstance(target, int) else None
+    kept = torch.ones_like(mask) if kept is None else kept
+    numbers = _numbers(blocks, kept, target) if isinstance(target, int) else None
     for index, block in enumerate(blocks):
-        before = None if kept is None else kept[:, block]
+        before = kept[:, block]
         own, errors = weight[:, block], torch.empty_like(weight[:, block])
         upper = factor[block, block]
         if numbers is not None:
@@ -58,14 +60,20 @@ def sparsegpt(
             if isinstance(target, Pattern) and column % target.of == 0:
                 group = slice(column, column + target.of)
                 scores = _costs(own[:, group], upper[group, group], silent[block][group])
-                scores = below_all(scores, None if before is None else before[:, group])
-                mask[:, block][:, group] = pattern_kept(scores, target)
+                mask[:, block][:, group] = pattern_kept(below_all(scores, before[:, group]), target)
             gone = ~mask[:, block][:, column]
             errors[:, column] = own[:, column] * gone / upper[column, column]
             own[:, column:] -= errors[:, column, None] * upper[column, None, column:]
             own[gone, column] = 0  # not merely nearly
         weight[:, block.stop :] -= errors @ factor[block, block.stop :]
     return weight, mask
+
+
+def _numbers(blocks: Sequence[slice], kept: Tensor, target: int) -> list[int]:
+    """How many weights go in each block of columns."""
+    areas = [kept[:, block].numel() for block in blocks]
+    gone = [int((~kept[:, block]).sum()) for block in blocks]
+    return shared_out(areas, [target / kept.numel()] * len(areas), gone)
 
 
 def _costs(weight: Tensor, upper: Tensor, silent: Tensor) -> Tensor:

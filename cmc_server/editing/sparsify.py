@@ -86,7 +86,7 @@ class Sparsification:
         walk = Walk(self.inputs.model, self.blocks, self.inputs.sequences) if self.inputs.sequences else None
         targets: dict[str, Target]
         if pattern is None:
-            targets = targets_of(self.blocks, self._sparsities(level, walk))
+            targets = targets_of(self.blocks, self._sparsities(level, walk), self.pruned.masks)
         else:
             # Fewer weights stay from round to round, in the last one as many as the pattern says.
             kept = max(pattern.kept, min(pattern.of - 1, pattern.of - round(level * pattern.of)))

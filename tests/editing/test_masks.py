@@ -39,6 +39,16 @@ def test_errors_of_rounding_do_not_add_up() -> None:
     assert sum(shared_out([3] * 40, [0.5] * 40)) == 60  # each rounded by itself: 80
 
 
+def test_what_went_before_stays_away() -> None:
+    assert shared_out([10, 10, 10], [0.5] * 3, [7, 0, 0]) == [7, 4, 4]
+    assert shared_out([10, 10], [0.5] * 2, [9, 9]) == [9, 9]
+    assert shared_out([10, 10], [1.0, 1.0], [3, 10]) == [10, 10]
+    gone = [0] * 5
+    for number in range(1, 56):  # one more each time
+        gone, before = shared_out([15, 15, 15, 7, 3], [number / 55] * 5, gone), gone
+        assert sum(gone) == number and all(now >= then for now, then in zip(gone, before, strict=True))
+
+
 def test_the_lowest_of_a_tensor_go() -> None:
     values = scores(5, 7)
     mask = lowest_dropped(values, 12)

@@ -132,6 +132,33 @@ def test_what_was_pruned_stays_pruned(method: str) -> None:
     assert int((~after).sum()) == 30 and not bool((after & ~before).any())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_rounds_are_nested_to_the_weight(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Blocks of columns and rows whose shares are no whole numbers, and a weight more in each round."""
+    monkeypatch.setattr(module, "BLOCK", 3)
+    weight, _, gram = layer(5, 11)
+    before = torch.ones(5, 11, dtype=torch.bool)
+    for target in range(1, 50):
+        weight, mask = PRUNERS[method](weight, gram, target, before)
+        assert int((~mask).sum()) == target and not bool((mask & ~before).any())
+        before = mask
+
+
+def test_layers_never_get_weights_back() -> None:
+    _, blocks, _ = tiny(llama)
+    before: dict[str, Tensor] = {}
+    total = sum(one.weight.numel() for block in blocks for one in block.layers)
+    for share in (0.1, 0.1003, 0.2, 0.33, 0.3301):
+        targets = targets_of(blocks, [share] * 3, before)
+        assert sum(targets.values()) == round(total * share)
+        for block in blocks:
+            for one in block.layers:
+                lost = int((~before[one.name]).sum()) if one.name in before else 0
+                assert lost <= targets[one.name] <= one.weight.numel() * share + 2
+                flat = torch.arange(one.weight.numel()) >= targets[one.name]
+                before[one.name] = flat.view(one.shape)
+
+
 def test_inputs_that_are_always_0_go_first() -> None:
     weight, inputs, _ = layer()
     inputs[:, 3] = 0
@@ -190,7 +217,7 @@ def test_each_block_is_pruned_on_what_the_pruned_ones_hand_on(make: Callable[[],
     """The last block's mask, from a whole forward of the model that came out, with hooks of the test's own."""
     model, blocks, sequences = tiny(make)
     dense = {one.name: one.weight.clone() for block in blocks for one in block.layers}
-    targets = targets_of(blocks, [0.5] * 3)
+    targets = targets_of(blocks, [0.5] * 3, {})
     pruned = prune_blocks(blocks, Walk(model, blocks, sequences), "wanda", targets, dense, {})
     total = sum(weight.numel() for weight in dense.values())
     assert sum(int((~mask).sum()) for mask in pruned.masks.values()) == total // 2
@@ -215,7 +242,7 @@ def test_every_method_prunes_a_model_to_the_number(method: Any) -> None:
     model, blocks, sequences = tiny(llama)
     dense = {one.name: one.weight.clone() for block in blocks for one in block.layers}
     walk = None if method == "magnitude" else Walk(model, blocks, sequences)
-    pruned = prune_blocks(blocks, walk, method, targets_of(blocks, [0.3, 0.55, 0.71]), dense, {})
+    pruned = prune_blocks(blocks, walk, method, targets_of(blocks, [0.3, 0.55, 0.71], {}), dense, {})
     sizes = [sum(one.weight.numel() for one in block.layers) for block in blocks]
     dropped = [sum(int((~pruned.masks[one.name]).sum()) for one in block.layers) for block in blocks]
     assert sum(dropped) == round(sum(size * share for size, share in zip(sizes, (0.3, 0.55, 0.71), strict=True)))
@@ -262,4 +289,4 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     model.get_input_embeddings().weight[:, 3] = torch.inf
     dense = {one.name: one.weight.clone() for block in blocks for one in block.layers}
     with pytest.raises(EditingError, match="are not finite"):
-        prune_blocks(blocks, Walk(model, blocks, sequences), "wanda", targets_of(blocks, [0.5] * 3), dense, {})
+        prune_blocks(blocks, Walk(model, blocks, sequences), "wanda", targets_of(blocks, [0.5] * 3, {}), dense, {})
