@@ -38,19 +38,28 @@ TUNED = ("pooled", "lora", "masked-lora", "oracle")
 VALIDATION, TEST = 60, 120
 
 
+def read(path: Path) -> list[str]:
+    """Chats a turn a line, and prompts with what follows them."""
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [
+        "\n".join(turn["content"] for turn in one["messages"]) if "messages" in one else one["prompt"] + one["response"]
+        for one in records
+    ]
+
+
 def split(folder: Path) -> dict[str, Path]:
     """Files of texts to learn from, to choose rates on, and to measure."""
-    lines = (DATA / "concise" / "answered.jsonl").read_text("utf-8").splitlines()
-    answers = ["\n".join(turn["content"] for turn in json.loads(line)["messages"]) for line in lines]
+    answers, neutral = (read(DATA / name) for name in ("concise/answered.jsonl", "neutral/texts.jsonl"))
     random.Random(0).shuffle(answers)
     parts = {
         "validation": answers[:VALIDATION],
         "test": answers[VALIDATION : VALIDATION + TEST],
         "train": answers[VALIDATION + TEST :],
+        "neutral": neutral,
     }
     for name, texts in parts.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-    return {name: folder / f"{name}.jsonl" for name in parts} | {"neutral": DATA / "neutral" / "texts.jsonl"}
+    return {name: folder / f"{name}.jsonl" for name in parts}
 
 
 class Runs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class TuningRound:
         attached = attach(self.inputs.layers, adapters, masks, self.tuning.dropout)
         losses = fit(self.inputs.model, adapters, examples, self.tuning, self.seed)
         figures |= {"examples": len(examples), "steps": len(losses), "loss": [losses[0], losses[-1]]}
-        figures["parameters"] = sum(one.numel() for adapter in adapters.values() for one in adapter.parameters())
+        figures["parameters"] = self._count(adapters)
         for one in attached:
             one.rate = 0.0
         if last:
@@ -84,6 +84,12 @@ class TuningRound:
             layer.name: make_adapter(kind, layer.name, layer.shape, rank, self.tuning.scale, self.seed)
             for layer, rank in zip(layers, self.ranks, strict=True)
         }
+
+    def _count(self, adapters: Mapping[str, Adapter]) -> int:
+        """Parameters that are trained: of the oracle only those of weights that stay."""
+        if self.options.tuning == "oracle":
+            return sum(int(mask.sum()) for mask in self.pruned.masks.values())
+        return sum(parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters())
 
     def _interference(self, examples: Sequence[Example]) -> float:
         layers = self.inputs.layers

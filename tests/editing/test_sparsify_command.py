@@ -97,6 +97,7 @@ def test_tuned_models_are_as_sparse_as_they_should_be(
     assert (last["examples"], last["steps"]) == (3, 3) and 0 < last["dense_interference"] < 1
     assert (last["interference"] == 0) == (tuning != "lora")
     assert abs(last["merge_gap"]) > 1e-3 if tuning == "lora" else abs(last["merge_gap"]) < 1e-5
+    assert tuning != "oracle" or last["parameters"] == WEIGHTS - round(0.6 * WEIGHTS)
     ranks = [one.get("rank") for one in result["layers"].values()]
     assert ranks == [None] * 14 if tuning == "oracle" else sum(ranks) == 140
     assert report["tuning"]["options"]["learning_rate"] == 0.01 and report["iterations"] == 3
