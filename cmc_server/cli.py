@@ -54,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
         return _edit(args)
     if args.verb == "merge":
         return _merge(args)
+    if args.verb == "sparsify":
+        return _sparsify(args)
     if args.verb == "merge measure":
         from cmc_server.editing.measure_command import MeasureOptions, run_measure
 
@@ -100,6 +102,18 @@ def _merge(args: argparse.Namespace) -> int:
     return run_merge(MergeOptions(values=values, **given), args.json)
 
 
+def _sparsify(args: argparse.Namespace) -> int:
+    from cmc_server.editing.sparsify_command import run_sparsify
+    from cmc_server.editing.sparsify_options import SparsifyOptions
+
+    given = _given(args)
+    values = {name: given.pop(name) for name in SparsifyOptions.tuning_options() if name in given}
+    for name in ("only", "exclude"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return run_sparsify(SparsifyOptions(values=values, **given), args.json)
+
+
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """What was given; the rest is left to the defaults of the settings."""
     return {name: value for name, value in vars(args).items() if value is not None and name not in ("verb", "json")}
@@ -141,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(verbs.add_parser("merge", help="merge checkpoints trained from one base, or take training out again"))
 
     _add_measure(verbs.add_parser("merge measure", help="measure the curvature that some merges need"))
+
+    _add_sparsify(verbs.add_parser("sparsify", help="prune a checkpoint, and tune what is left"))
 
     inspect = verbs.add_parser("inspect", help="say what a delta is, and how well it fits a user LLM")
     inspect.add_argument("delta", metavar="DELTA", help="folder or hub id of the delta")
@@ -267,4 +283,37 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset-size", type=int, metavar="N", help="texts that MODEL learned from (those in DATA)")
     parser.add_argument("--seed", type=int, help="of the labels that the model draws (0)")
     parser.add_argument("--force", action="store_true", help="replace a file that lies at the output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_sparsify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
+    parser.add_argument("--method", help="magnitude, wanda or sparsegpt (wanda)")
+    parser.add_argument("--sparsity", type=float, metavar="S", help="share of the weights that go, in [0, 1)")
+    parser.add_argument("--pattern", metavar="N:M", help="instead: N weights of each M stay, such as 2:4")
+    parser.add_argument("--calibrate", type=Path, metavar="DATA", help="texts for the inputs of layers")
+    parser.add_argument("--sequences", type=int, metavar="N", help="calibration sequences at most (128)")
+    parser.add_argument("--length", type=int, metavar="N", help="their tokens at most (2048, or the model's limit)")
+    parser.add_argument("--allocation", help="sparsity of blocks: uniform or cka, by redundancy (uniform)")
+    parser.add_argument("--spread", type=float, metavar="D", help="cka: from the mean at most (0.01 to 0.03)")
+    parser.add_argument("--beta", type=float, help="cka: how much redundancy counts (1)")
+    parser.add_argument("--tuning", metavar="METHOD", help="none, pooled, lora, masked-lora or oracle (none)")
+    parser.add_argument("--tuning-data", type=Path, metavar="DATA", help="texts to tune on")
+    parser.add_argument("--iterations", type=int, metavar="T", help="rounds of pruning and tuning (5; untuned 1)")
+    parser.add_argument("--rank", type=int, metavar="R", help="of LoRA in the mean; pooled: as many parameters (8)")
+    parser.add_argument("--budget", help="of a layer's adapter: by its reconstruction loss, or uniform (loss)")
+    parser.add_argument("--scale", type=float, metavar="A", help="factor on adapters (2)")
+    parser.add_argument("--learning-rate", type=float, metavar="LR", help="highest one (2e-4)")
+    parser.add_argument("--weight-decay", type=float, metavar="D", help="of adapters (1e-3)")
+    parser.add_argument("--dropout", type=float, metavar="P", help="on what adapters read (0.1)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="texts for each step (16)")
+    parser.add_argument("--examples", type=int, metavar="N", help="texts of each round but the last one (1000)")
+    parser.add_argument("--final-examples", type=int, metavar="N", help="texts of the last round (6000)")
+    parser.add_argument("--heldout", type=Path, metavar="DATA", help="texts to measure losses on")
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="prune only tensors of such names (*)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="leave tensors of such names dense")
+    parser.add_argument("--seed", type=int, help="of samples, first factors and dropout (0)")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--dry-run", action="store_true", help="do everything but write")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that lies at the output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -63,6 +63,16 @@ class Checkpoint:
         """Elements of a tensor, see :meth:`Shard.read`."""
         return self._shard_of[name].read(name, start, stop)
 
+    def check_finite(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Refuse NaN and infinity among the elements of a tensor.
+
+        Raises:
+            EditingError: there is one.
+        """
+        is_number = self.stored(name).dtype.is_floating_point
+        if is_number and not bool(self.read(name, start, stop).float().isfinite().all()):
+            raise EditingError(f"{name} of {self.folder} holds NaN or infinity.")
+
     @property
     def num_bytes(self) -> int:
         """Size of all tensors."""

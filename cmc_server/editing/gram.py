@@ -34,7 +34,7 @@ def gram_matrices(model: PreTrainedModel, examples: Sequence[Example]) -> dict[s
     embeddings = model.get_input_embeddings().weight
     layers = {name: layer for name, layer in layers.items() if layer.weight is not embeddings}
     sums = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers.items()}
-    hooks = [layer.register_forward_pre_hook(_adds_to(sums[name])) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(adds_to(sums[name])) for name, layer in layers.items()]
     try:
         for example in tqdm(examples, desc="gram", unit="example", file=sys.stderr):
             model(example.ids, use_cache=False)
@@ -44,7 +44,9 @@ def gram_matrices(model: PreTrainedModel, examples: Sequence[Example]) -> dict[s
     return {name: total.div_(len(examples)) for name, total in sums.items()}
 
 
-def _adds_to(total: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def adds_to(total: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A forward pre-hook of a linear layer that adds X^T X of its inputs to ``total``, [in, in] float32."""
+
     def add(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows = inputs[0].flatten(0, -2).float()
         total.addmm_(rows.T, rows)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from cmc_server.editing.checkpoint import Checkpoint, check_agreement
+from cmc_server.editing.losses import mean_loss, nll, num_labels
 from cmc_server.editing.merge_inputs import Merge
 from cmc_server.editing.merge_metrics import gradient_mismatch, relative_distance, robustness_curve
 from cmc_server.editing.models import load_model
@@ -65,25 +65,11 @@ def evaluate_merge(merge: Merge, target: Checkpoint | None) -> dict[str, Any]:
     return figures
 
 
-def mean_loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
-    """Negative log-likelihood in nats per labelled token over all examples, a scalar."""
-    return torch.stack([_nll(model, example) for example in examples]).sum() / _num_labels(examples)
-
-
-def _nll(model: PreTrainedModel, example: Example) -> Tensor:
-    logits = model(example.ids, use_cache=False).logits[0, example.first_label - 1 : -1].float()
-    return cross_entropy(logits, example.ids[0, example.first_label :], reduction="sum")
-
-
-def _num_labels(examples: Sequence[Example]) -> int:
-    return sum(example.num_labels for example in examples)
-
-
 def _gradients(checkpoint: Checkpoint, examples: Sequence[Example]) -> list[Tensor]:
     """The gradient of the mean loss, by parameter; an example at a time, since its graph is what takes memory."""
     model = load_model(checkpoint, torch.float32).requires_grad_(True)
     for example in examples:
-        (_nll(model, example) / _num_labels(examples)).backward()  # type: ignore[no-untyped-call]
+        (nll(model, example) / num_labels(examples)).backward()  # type: ignore[no-untyped-call]
     return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in model.parameters()]
 
 

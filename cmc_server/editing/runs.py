@@ -1,4 +1,4 @@
-"""What a run of ``cmc-server edit`` or ``cmc-server merge`` does besides its arithmetic: progress, output, record."""
+"""What a run of ``edit``, ``merge`` or ``sparsify`` does besides its arithmetic: progress, output, record."""
 
 from __future__ import annotations
 

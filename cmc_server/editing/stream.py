@@ -58,13 +58,17 @@ class Sources:
         """Everything that is read, the base first."""
         return [*([] if self.base is None else [self.base]), *self.posts]
 
+    def is_chosen(self, name: str) -> bool:
+        """Whether the patterns take a tensor."""
+        chosen = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
+        return chosen and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
     def is_edited(self, name: str, method: Method) -> bool:
         """Whether the patterns and the method take a tensor."""
         stored = self.post.stored(name)
         low, high = method.dims
-        chosen = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
-        chosen = chosen and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
-        return chosen and stored.dtype.is_floating_point and low <= len(stored.shape) <= high and 0 not in stored.shape
+        fits = low <= len(stored.shape) <= high and 0 not in stored.shape
+        return self.is_chosen(name) and stored.dtype.is_floating_point and fits
 
 
 @dataclass(frozen=True)
@@ -183,8 +187,7 @@ class Edit:
 
     def _refuse_unless_finite(self, name: str, piece: _Piece) -> None:
         for checkpoint in self.sources.checkpoints:
-            if not bool(checkpoint.read(name, piece.start, piece.stop).float().isfinite().all()):
-                raise EditingError(f"{name} of {checkpoint.folder} holds NaN or infinity.")
+            checkpoint.check_finite(name, piece.start, piece.stop)
 
     def _copied(self, name: str, stored: StoredTensor) -> Iterator[Tensor]:
         post = self.sources.post

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,27 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: Text, max_length: int | Non
         shown = json.dumps(text.answer[:40], ensure_ascii=False)
         raise ConfigError(f"The text {shown} has no token that the model could predict; leave it out.")
     return Example(torch.tensor([ids]), first)
+
+
+def packed_sequences(examples: Sequence[Example], length: int, num_sequences: int, seed: int) -> list[Tensor]:
+    """Texts joined and cut into sequences of one length, as calibration data for pruning are.
+
+    Args:
+        examples: whole texts in tokens, in order.
+        length: tokens of a sequence; what is left over at the end is not used.
+        num_sequences: so many at most; of more, a sample is drawn.
+        seed: of the sample.
+
+    Returns:
+        [1, length] int64 each; one sequence of all tokens where there are fewer than ``length``.
+    """
+    ids = torch.cat([example.ids for example in examples], dim=1)
+    length = min(length, ids.shape[1])
+    sequences = [ids[:, first : first + length] for first in range(0, ids.shape[1] - length + 1, length)]
+    if len(sequences) <= num_sequences:
+        return sequences
+    draw = random.Random(seed)  # noqa: S311 - nothing secret
+    return [sequences[index] for index in sorted(draw.sample(range(len(sequences)), num_sequences))]
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

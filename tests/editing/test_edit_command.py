@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupts import heed_interrupts
 from safetensors.torch import save_file
 from tiny_checkpoints import rewrite, shard, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,11 +154,6 @@ def test_calibrated_scales_bring_the_logits_closer(post: Path, data: Path, tmp_p
     assert errors["calibrated"] < 0.8 * errors["plain"]
     weights = [load_packed(tmp_path / name) for name in ("calibrated", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def heed_interrupts() -> None:
-    """Whoever started the tests in the background may have left SIGINT ignored, which children inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
