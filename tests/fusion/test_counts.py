@@ -207,6 +207,9 @@ class Follower:
 
     def broadcast(self, tensor: torch.Tensor) -> None: ...
 
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
 
 def test_only_the_leader_counts_what_the_deltas_did(steered: Steered) -> None:
     controller = DeltaController(RESERVED, Follower())
