@@ -72,3 +72,8 @@ class CapacityError(UserError):
 
 class DeltaRuntimeError(CmcError):
     """A delta failed while a request was running in the engine."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says went wrong, as part of one sentence: no line breaks, and not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -20,7 +20,7 @@ from cmc_server.api.preflight import UserModel, check_deltas, check_names
 from cmc_server.api.state import StateFile
 from cmc_server.config import ADDITIONAL_CONFIG_KEY, EngineSettings, build
 from cmc_server.delta.store import open_delta
-from cmc_server.errors import ConfigError, DeltaError
+from cmc_server.errors import ConfigError, DeltaError, one_line
 
 PLUGIN_NAME: Final = "cmc_server"
 # Given as text: the class must be imported by the workers, not by the launcher.
@@ -169,7 +169,7 @@ def _parse_vllm(rest: Sequence[str]) -> tuple[Any, argparse.Namespace]:
         configure_logging_from_args(arguments)
         command.validate(arguments)
     except (ValueError, TypeError, KeyError, OSError, AssertionError) as error:
-        raise ConfigError(f"vLLM does not accept these arguments: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"vLLM does not accept these arguments: {one_line(error)}") from None
     return command, arguments
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from cmc_server.config import EngineSettings
 from cmc_server.delta.store import DeltaArtifact
-from cmc_server.errors import CapacityError, DeltaError
+from cmc_server.errors import CapacityError, DeltaError, one_line
 
 #: Token positions per block of the delta's key-value cache.
 BLOCK_SIZE = 32
@@ -49,7 +49,7 @@ def memory_needed(artifact: DeltaArtifact, max_seqs: int, value_bytes: int, on_c
         config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, local_files_only=True)
         layers, heads, head_size = cache_shape(config)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        raise DeltaError(f"The delta {artifact.name!r} is of an unknown architecture: {error}.") from error
+        raise DeltaError(f"The delta {artifact.name!r} is of an unknown architecture: {one_line(error)}.") from error
     # A head of its own is dropped for its packed copy; a tied one stays, since it is the embedding.
     copied = on_cpu and value_bytes == 4 and config.tie_word_embeddings
     packed = artifact.vocab_size * int(config.hidden_size) if copied else 0

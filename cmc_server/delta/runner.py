@@ -22,7 +22,7 @@ from cmc_server.delta.head import pack_head
 from cmc_server.delta.llama import FastLlama
 from cmc_server.delta.packed import is_packed, load_packed
 from cmc_server.delta.store import DeltaArtifact
-from cmc_server.errors import DeltaError
+from cmc_server.errors import DeltaError, one_line
 
 #: Tokens per forward pass; a longer prefill runs in pieces, which bounds the workspace.
 MAX_TOKENS = 1024
@@ -235,7 +235,7 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises nearly anything here; every cause makes the delta unusable
-        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {_one_line(error)}.") from error
+        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {one_line(error)}.") from error
     faults = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report.get("mismatched_keys", ()))
     if faults:
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
@@ -250,7 +250,7 @@ def _load_packed_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: s
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         missing, unknown = model.load_state_dict(weights, strict=False)
     except Exception as error:  # see load_model
-        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {_one_line(error)}.") from error
+        raise DeltaError(f"The delta {artifact.name!r} cannot be loaded: {one_line(error)}.") from error
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     faults = [*sorted(set(missing) - tied), *unknown]
     if faults:
@@ -265,10 +265,6 @@ def _checked(artifact: DeltaArtifact, model: PreTrainedModel) -> PreTrainedModel
         if not bool(weight.isfinite().all()):
             raise DeltaError(f"The weight {name} of the delta {artifact.name!r} holds NaN or infinity.")
     return model.eval().requires_grad_(False)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _twins(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cmc_server.editing.checkpoint import Checkpoint
-from cmc_server.errors import EditingError
+from cmc_server.errors import EditingError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             checkpoint.folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # transformers raises nearly anything here
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise EditingError(f"{checkpoint.folder} cannot be loaded as a causal language model: {reason}") from None
     unknown = sorted(set(checkpoint.names) - set(model.state_dict()))
     if unknown:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cmc_server.config import DeltaSource, EngineSettings, Unmapped
 from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
-from cmc_server.errors import ConfigError
+from cmc_server.errors import ConfigError, one_line
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.encoding import Chat, Prompt, UserEncoder
 from cmc_server.fusion.generation import ChosenDelta, GreedyRequest, decode_greedily
@@ -118,7 +118,7 @@ class FusedLM:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise ConfigError(f"The user LLM {path} cannot be loaded: {reason}.") from error
         bare = cls(SplitModel(model.to(device), f"The user LLM {path}"), tokenizer, vocabulary, {}, dtype)
         return bare.with_deltas(deltas)

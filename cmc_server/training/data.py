@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cmc_server.delta.prompt import Message, plain_messages
-from cmc_server.errors import ConfigError
+from cmc_server.errors import ConfigError, one_line
 from cmc_server.training.recipes import Columns, DataSource
 
 #: A chat before its answer, or the beginning of a plain text.
@@ -128,7 +128,7 @@ def _read_dataset(source: DataSource, base: Path) -> list[Any]:
     try:
         rows = list(load_dataset(path, name=source.name, split=source.split, revision=source.revision))
     except Exception as error:  # the library raises errors of many libraries
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ConfigError(f"The dataset {source.dataset}, split {source.split}, cannot be loaded: {reason}") from None
     if not rows:
         raise ConfigError(f"The dataset {source.dataset}, split {source.split}, is empty.")

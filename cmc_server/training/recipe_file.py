@@ -9,7 +9,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cmc_server.errors import ConfigError
+from cmc_server.errors import ConfigError, one_line
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -38,7 +38,7 @@ def read_yaml(path: Path) -> yaml.Node:
     except FileNotFoundError:
         raise ConfigError(f"The recipe {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"The recipe {path} cannot be read as YAML: {one_line(error)}.") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"The recipe {path} must hold a mapping of keys, such as `name: my-delta`.")
     twice = _repeated_key(node)
@@ -56,7 +56,7 @@ def validate(model: type[_Model], node: yaml.Node, path: Path) -> _Model:
     try:
         values = yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
-        raise ConfigError(f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"The recipe {path} cannot be read as YAML: {one_line(error)}.") from None
     try:
         return model.model_validate(values)
     except ValidationError as error:

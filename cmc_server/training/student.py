@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmc_server.delta.manifest import DeltaManifest
-from cmc_server.errors import ConfigError, MapError
+from cmc_server.errors import ConfigError, MapError, one_line
 from cmc_server.training.recipes import DeltaSize
 from cmc_server.vocab.surface import load_tokenizer
 
@@ -55,7 +55,7 @@ def load_delta(path: str, tokenizer: PreTrainedTokenizerBase, max_positions: int
         own = load_tokenizer(path)
         delta = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, MapError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ConfigError(f"delta.start_from {path} cannot be loaded: {reason}") from None
     size, rows = vocabulary_size(tokenizer), delta.get_input_embeddings().weight.shape[0]
     if own.get_vocab() != tokenizer.get_vocab() or rows < size:

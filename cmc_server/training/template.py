@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from cmc_server.errors import ConfigError, MapError
+from cmc_server.errors import ConfigError, MapError, one_line
 from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class FrozenTemplate:
             tokenizer = load_tokenizer(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
         except (OSError, ValueError, MapError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise ConfigError(
                 f"The template LLM {path} cannot be loaded; give a folder with --template. ({reason})"
             ) from error

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cmc_server.errors import ConfigError
+from cmc_server.errors import ConfigError, one_line
 from cmc_server.training.batches import Collator, TrainingSet
 from cmc_server.training.objectives import Objective
 from cmc_server.training.recipes import Recipe
@@ -223,7 +223,7 @@ def _arguments(recipe: Recipe, num_items: int, folder: str, *, evaluate: bool) -
             ddp_find_unused_parameters=False,
         )
     except ValueError as error:
-        raise ConfigError(f"The recipe's optimisation does not run here: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"The recipe's optimisation does not run here: {one_line(error)}") from None
     # One process drives one device; torch's DataParallel would cut the packed positions of a batch anywhere.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmc_server.errors import MapError
+from cmc_server.errors import MapError, one_line
 from cmc_server.vocab.special import find_roles
 from cmc_server.vocab.token_text import Component, TokenizerParts, byte_value, token_text_rule
 
@@ -82,7 +82,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare exceptions for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise MapError(f"No tokenizer could be loaded from {path}: {reason[:300]}") from None
     _backend(tokenizer, path)
     return tokenizer
