@@ -29,6 +29,8 @@ from cmc_server.errors import ControlsError
 from cmc_server.integrations.vllm_engine import RowGate, ServedModels, engine_rows, guard_engine
 
 _ROOT_LOGGER = logging.getLogger("cmc_server")
+#: The engine clients of this process: vLLM makes the plugin, and shows the launcher neither.
+ENGINES: list[Any] = []
 
 
 class DeltaEndpoints:
@@ -60,6 +62,7 @@ class DeltaEndpoints:
         Raises:
             UserError: the settings or a delta have become invalid since the launcher checked them.
         """
+        ENGINES.append(engine_client)
         access_log.logger.disabled = args.disable_uvicorn_access_log
         settings = EngineSettings.from_additional_config(args.additional_config)
         if settings.access_log_format == "json":

@@ -44,7 +44,7 @@ def run_serve(argv: list[str]) -> int:
         argv: what follows ``cmc-server serve`` on the command line.
 
     Returns:
-        The exit code 0.
+        The exit code: 0 where it was told to stop, 1 where the engine died, so that a supervisor starts it again.
 
     Raises:
         UserError: what the user got wrong, as far as it shows before vLLM starts. What vLLM itself finds wrong while
@@ -56,6 +56,12 @@ def run_serve(argv: list[str]) -> int:
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
     with _metrics_folder(os.environ):
         _start(settings, rest)
+    from cmc_server.api.routes import ENGINES  # imports vLLM, which has been told its settings by now
+    from cmc_server.integrations.vllm_engine import is_dead
+
+    if any(map(is_dead, ENGINES)):
+        _say("cmc-server: the engine died; its log is above.")
+        return 1
     return 0
 
 

@@ -107,6 +107,11 @@ def engine_rows(engine_client: Any) -> int:
     return rows
 
 
+def is_dead(engine_client: Any) -> bool:
+    """Whether the engine has ended by itself; one that was told to stop is not dead."""
+    return bool(engine_client.engine_core.resources.engine_dead)
+
+
 def guard_engine(
     engine_client: Any,
     *,
