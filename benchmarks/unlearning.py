@@ -74,11 +74,13 @@ def make(folder: Path, action: Callable[[], None]) -> None:
         log.write(json.dumps({"made": folder.name, "seconds": round(time.perf_counter() - began)}) + "\n")
 
 
-def seconds(work: Path) -> dict[str, int]:
-    """What was made in this folder, and how long it took."""
-    lines = [line for log in (work, work / "results") for line in (log / "seconds.jsonl").read_text().splitlines()]
-    entries = [json.loads(line) for line in lines]
-    return {entry["made"]: entry["seconds"] for entry in entries}
+def seconds(work: Path) -> dict[str, dict[str, int]]:
+    """How long it took to make what lies in this folder, and to evaluate it."""
+    found = {}
+    for what, log in (("made", work), ("evaluated", work / "results")):
+        entries = [json.loads(line) for line in (log / "seconds.jsonl").read_text().splitlines()]
+        found[what] = {entry["made"]: entry["seconds"] for entry in entries}
+    return found
 
 
 def tune(work: Path, models: Sequence[str]) -> None:
