@@ -38,7 +38,7 @@ class Block:
 def read_blocks(text: str) -> list[Block]:
     """All fenced blocks that are meant to be run; the first is the server."""
     blocks, heading = [], ""
-    for found in re.finditer(r"^## (.*)$|^```(bash|python|js)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+    for found in re.finditer(r"^## ([^\n]*)$|^```(bash|python|js)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         if found[1]:
             heading = found[1]
         else:
