@@ -3,7 +3,8 @@
 CMC_TEST_TRITON_INTERPRETER=1 makes Model Runner V2 possible: vLLM only asks for a Triton backend's name, and Triton's
 interpreter does the rest. CMC_TEST_ASYNC_SCHEDULING=1 leaves asynchronous scheduling on, which vLLM's CPU platform
 switches off. Both are slow. CMC_TEST_FAULT_RANK=1 lets that rank of tensor parallelism, and no other, fail while it
-spells the response of a request whose delta has strength 1.25. For tests only.
+spells the response of a request whose delta has strength 1.25. CMC_TEST_ANY_WEIGHTS=1 loads weights that are not finite.
+For tests only.
 """
 
 import os
@@ -71,6 +72,12 @@ def _fail_on_a_rank(module):
     module.Stream.extend = fail
 
 
+def _take_any_weights(module):
+    module._checked = lambda artifact, model: model.eval().requires_grad_(False)
+
+
+if os.environ.get("CMC_TEST_ANY_WEIGHTS") == "1":
+    _after_import("cmc_server.delta.runner", _take_any_weights)
 if os.environ.get("CMC_TEST_ASYNC_SCHEDULING") == "1":
     _after_import("vllm.platforms.cpu", _keep_async)
 if "CMC_TEST_FAULT_RANK" in os.environ:
