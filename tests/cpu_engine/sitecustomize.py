@@ -3,8 +3,8 @@
 CMC_TEST_TRITON_INTERPRETER=1 makes Model Runner V2 possible: vLLM only asks for a Triton backend's name, and Triton's
 interpreter does the rest. CMC_TEST_ASYNC_SCHEDULING=1 leaves asynchronous scheduling on, which vLLM's CPU platform
 switches off. Both are slow. CMC_TEST_FAULT_RANK=1 lets that rank of tensor parallelism, and no other, fail while it
-spells the response of a request whose delta has strength 1.25. CMC_TEST_ANY_WEIGHTS=1 loads weights that are not finite.
-For tests only.
+spells the response of a request whose delta has strength 1.25. CMC_TEST_ANY_WEIGHTS=1 loads weights that are not
+finite. For tests only.
 """
 
 import os
