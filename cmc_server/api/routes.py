@@ -26,11 +26,11 @@ from cmc_server.api.readiness import Readiness
 from cmc_server.api.stamp import AnswerStamp
 from cmc_server.config import EngineSettings
 from cmc_server.errors import ControlsError
-from cmc_server.integrations.vllm_engine import RowGate, ServedModels, engine_rows, guard_engine
+from cmc_server.integrations.vllm_engine import RowGate, ServedModels, engine_rows, guard_engine, is_dead
 
 _ROOT_LOGGER = logging.getLogger("cmc_server")
-#: The engine clients of this process: vLLM makes the plugin, and shows the launcher neither.
-ENGINES: list[Any] = []
+#: For each engine of this process that was shut down, whether it was dead by then: vLLM does not tell the launcher.
+DIED: list[bool] = []
 
 
 class DeltaEndpoints:
@@ -62,7 +62,11 @@ class DeltaEndpoints:
         Raises:
             UserError: the settings or a delta have become invalid since the launcher checked them.
         """
-        ENGINES.append(engine_client)
+
+        def shut_down() -> None:
+            DIED.append(is_dead(engine_client))
+            self._readiness.drain()
+
         access_log.logger.disabled = args.disable_uvicorn_access_log
         settings = EngineSettings.from_additional_config(args.additional_config)
         if settings.access_log_format == "json":
@@ -74,7 +78,7 @@ class DeltaEndpoints:
             gate=self._gate,
             required={delta.name: delta.strength for delta in required_deltas(catalog.offer)},
             on_failure=metrics.ERRORS.labels("delta_failed").inc,
-            on_shutdown=self._readiness.drain,
+            on_shutdown=shut_down,
         )
 
         def use_rows(rows: int) -> None:

@@ -56,10 +56,9 @@ def run_serve(argv: list[str]) -> int:
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
     with _metrics_folder(os.environ):
         _start(settings, rest)
-    from cmc_server.api.routes import ENGINES  # imports vLLM, which has been told its settings by now
-    from cmc_server.integrations.vllm_engine import is_dead
+    from cmc_server.api.routes import DIED  # imports vLLM, which has been told its settings by now
 
-    if any(map(is_dead, ENGINES)):
+    if any(DIED):
         _say("cmc-server: the engine died; its log is above.")
         return 1
     return 0

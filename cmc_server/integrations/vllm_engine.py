@@ -108,7 +108,7 @@ def engine_rows(engine_client: Any) -> int:
 
 
 def is_dead(engine_client: Any) -> bool:
-    """Whether the engine has ended by itself; one that was told to stop is not dead."""
+    """Whether the engine has ended by itself; only known until it is shut down, which vLLM notes in the same way."""
     return bool(engine_client.engine_core.resources.engine_dead)
 
 
