@@ -29,8 +29,9 @@ from cmc_server.errors import ControlsError
 from cmc_server.integrations.vllm_engine import RowGate, ServedModels, engine_rows, guard_engine, is_dead
 
 _ROOT_LOGGER = logging.getLogger("cmc_server")
-#: For each engine of this process that was shut down, whether it was dead by then: vLLM does not tell the launcher.
-DIED: list[bool] = []
+#: For each engine client of this process that was shut down, whether its engine was dead by then: vLLM does not tell the
+#: launcher.
+DIED: dict[Any, bool] = {}
 
 
 class DeltaEndpoints:
@@ -64,7 +65,7 @@ class DeltaEndpoints:
         """
 
         def shut_down() -> None:
-            DIED.append(is_dead(engine_client))
+            DIED.setdefault(engine_client, is_dead(engine_client))  # vLLM shuts it down again later, when it is
             self._readiness.drain()
 
         access_log.logger.disabled = args.disable_uvicorn_access_log

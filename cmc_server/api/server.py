@@ -58,7 +58,7 @@ def run_serve(argv: list[str]) -> int:
         _start(settings, rest)
     from cmc_server.api.routes import DIED  # imports vLLM, which has been told its settings by now
 
-    if any(DIED):
+    if any(DIED.values()):
         _say("cmc-server: the engine died; its log is above.")
         return 1
     return 0
