@@ -32,6 +32,7 @@ class Engine:
         self.errored = False
         self.stopped = False
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_dead=False))
 
     async def collective_rpc(self, name: str) -> Any:
         assert name == "cmc_status"

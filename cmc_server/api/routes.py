@@ -29,8 +29,7 @@ from cmc_server.errors import ControlsError
 from cmc_server.integrations.vllm_engine import RowGate, ServedModels, engine_rows, guard_engine, is_dead
 
 _ROOT_LOGGER = logging.getLogger("cmc_server")
-#: For each engine client of this process that was shut down, whether its engine was dead by then: vLLM does not tell the
-#: launcher.
+#: Engine clients of this process that were shut down, and whether their engine was dead by then: the launcher is not told.
 DIED: dict[Any, bool] = {}
 
 
