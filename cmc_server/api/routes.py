@@ -29,7 +29,7 @@ from cmc_server.errors import ControlsError
 from cmc_server.integrations.vllm_engine import RowGate, ServedModels, engine_rows, guard_engine, is_dead
 
 _ROOT_LOGGER = logging.getLogger("cmc_server")
-#: Engine clients of this process that were shut down, and whether their engine was dead by then: the launcher is not told.
+#: Engine clients of this process that were shut down, and whether their engine was dead by then; for the launcher.
 DIED: dict[Any, bool] = {}
 
 
