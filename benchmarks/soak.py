@@ -99,7 +99,7 @@ def without_controls(body: Any) -> Any:
     return plain | ({"model": USER} if names_delta else {})
 
 
-def fails_there_too(url: str, failed: Sequence[tuple[str, Any]]) -> list[str]:
+def answered_by_plain(url: str, failed: Sequence[tuple[str, Any]]) -> list[str]:
     """Of the requests that failed, those that plain vLLM answers."""
     answered = []
     for path, body in failed:
@@ -152,7 +152,7 @@ def main() -> int:
         answered_there: list[str] = []
         if seen.failed:
             with server(PLAIN_VLLM, options.user, ENGINE, Path(work) / "plain.log") as url:
-                answered_there = fails_there_too(url, seen.failed)
+                answered_there = answered_by_plain(url, seen.failed)
     judged = judge(options.user, options.deltas, seen.answered)
     grown = growth(memory, 60 * options.warm_up)
     statuses = {what: {str(status): count for status, count in some.items()} for what, some in seen.statuses.items()}

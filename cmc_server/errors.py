@@ -75,5 +75,5 @@ class DeltaRuntimeError(CmcError):
 
 
 def one_line(error: BaseException) -> str:
-    """What another library says went wrong, as part of one sentence: no line breaks, and not too long."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What another library says went wrong, as part of one sentence, without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -24,10 +24,10 @@ def import_benchmark(name: str) -> ModuleType:
 
 
 def run_benchmark(name: str, *words: str | Path, timeout: float = 900, **environment: str) -> Any:
-    """Run a script; its last line, which is one JSON object. It must end well."""
+    """Run a script, which must end well; the JSON object that it prints last. Engines may log behind it."""
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, words)]
     finished = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     assert finished.returncode == 0, f"{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
-    return json.loads(finished.stdout.splitlines()[-1])
+    return json.loads([line for line in finished.stdout.splitlines() if line.startswith("{")][-1])

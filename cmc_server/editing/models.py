@@ -26,7 +26,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             checkpoint.folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # transformers raises nearly anything here
-        reason = one_line(error)
+        reason = one_line(error)[:300]
         raise EditingError(f"{checkpoint.folder} cannot be loaded as a causal language model: {reason}") from None
     unknown = sorted(set(checkpoint.names) - set(model.state_dict()))
     if unknown:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cmc_server.config import DeltaSource, EngineSettings, Unmapped
-from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
+from cmc_server.delta.capacity import VALUE_BYTES, memory_needed
 from cmc_server.errors import ConfigError, one_line
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.encoding import Chat, Prompt, UserEncoder
@@ -40,8 +40,9 @@ Pair = tuple[Prompt, str | Sequence[int]]
 LOGIT_BYTES = 2**30
 #: User tokens whose hidden states are kept at a time.
 GROUP_TOKENS = 16384
-#: Answers that are generated together, if the deltas' caches have room for so many.
+#: Answers that are generated together, if the deltas' caches then take no more than ``CACHE_BYTES``.
 GENERATED_ROWS = 64
+CACHE_BYTES = 2 * 2**30
 _ROW_COPIES = 8  # float32 copies of a row that fuse and log_softmax hold at once, rounded up
 
 
@@ -118,7 +119,7 @@ class FusedLM:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            reason = one_line(error)
+            reason = one_line(error)[:300]
             raise ConfigError(f"The user LLM {path} cannot be loaded: {reason}.") from error
         bare = cls(SplitModel(model.to(device), f"The user LLM {path}"), tokenizer, vocabulary, {}, dtype)
         return bare.with_deltas(deltas)
@@ -234,7 +235,6 @@ class FusedLM:
             The answers without special tokens, up to the first of the ``stop`` texts.
 
         Raises:
-            CapacityError: the deltas do not fit into the memory that a server would give them.
             ConfigError: as in :meth:`score_batch`.
             DeltaRuntimeError: a delta failed on the way.
         """
@@ -346,24 +346,23 @@ class FusedLM:
         return GreedyRequest(ids, steering)
 
     @cached_property
-    def _settings(self) -> EngineSettings:
-        return EngineSettings(force_coverage=True, delta_dtype=self._dtype)
-
-    @cached_property
     def _generated_rows(self) -> int:
-        """As many rows as the deltas' caches hold in the memory that a server would give them."""
-        artifacts = [delta.artifact for delta in self.loaded.values()]
-        on_cpu = self.model.model.device.type == "cpu"
-        return plan_seqs(self._settings, artifacts, GENERATED_ROWS, VALUE_BYTES[self._dtype], on_cpu)
+        """As many rows as the deltas' caches may hold, at least one."""
+        on_cpu, size = self.model.model.device.type == "cpu", VALUE_BYTES[self._dtype]
+        weights, one_row = (
+            sum(memory_needed(delta.artifact, rows, size, on_cpu) for delta in self.loaded.values()) for rows in (0, 1)
+        )
+        return min(GENERATED_ROWS, max(1, CACHE_BYTES // max(1, one_row - weights)))
 
     @cached_property
     def _controller(self) -> DeltaController:
         """The deltas once more, with caches, as serving has them; made when something is generated."""
         controller = DeltaController()
+        settings = EngineSettings(force_coverage=True, delta_dtype=self._dtype)
         rows, device = self._generated_rows, self.model.model.device
         for name, delta in self.loaded.items():
             source = DeltaSource(name=name, path=str(delta.artifact.path))
-            controller.load(load_delta(source, self.vocabulary, self._settings, max_seqs=rows, device=device))
+            controller.load(load_delta(source, self.vocabulary, settings, max_seqs=rows, device=device))
         return controller
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -128,7 +128,7 @@ def _read_dataset(source: DataSource, base: Path) -> list[Any]:
     try:
         rows = list(load_dataset(path, name=source.name, split=source.split, revision=source.revision))
     except Exception as error:  # the library raises errors of many libraries
-        reason = one_line(error)
+        reason = one_line(error)[:300]
         raise ConfigError(f"The dataset {source.dataset}, split {source.split}, cannot be loaded: {reason}") from None
     if not rows:
         raise ConfigError(f"The dataset {source.dataset}, split {source.split}, is empty.")

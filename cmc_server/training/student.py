@@ -55,7 +55,7 @@ def load_delta(path: str, tokenizer: PreTrainedTokenizerBase, max_positions: int
         own = load_tokenizer(path)
         delta = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, MapError) as error:
-        reason = one_line(error)
+        reason = one_line(error)[:300]
         raise ConfigError(f"delta.start_from {path} cannot be loaded: {reason}") from None
     size, rows = vocabulary_size(tokenizer), delta.get_input_embeddings().weight.shape[0]
     if own.get_vocab() != tokenizer.get_vocab() or rows < size:

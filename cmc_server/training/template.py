@@ -93,7 +93,7 @@ class FrozenTemplate:
             tokenizer = load_tokenizer(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
         except (OSError, ValueError, MapError) as error:
-            reason = one_line(error)
+            reason = one_line(error)[:300]
             raise ConfigError(
                 f"The template LLM {path} cannot be loaded; give a folder with --template. ({reason})"
             ) from error

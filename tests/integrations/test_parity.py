@@ -5,14 +5,11 @@ The script that also takes the larger measurement does the work; each case is an
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import run_benchmark
 
 import cmc_server.demo
 
@@ -26,18 +23,9 @@ PREEMPTED = "--batch 6 --kv-blocks 4 --max-model-len 96 --batched-tokens 16"
 
 
 def parity(user: Path, engine: str, options: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "parity.py"), "--engine", engine, "--user", str(user)]
-    finished = subprocess.run(
-        [*command, "--delta", str(CONCISE), *options.split()],
-        env={**os.environ, **(environment or {}), "PYTHONPATH": str(ROOT / "tests" / "cpu_engine")},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    lines = [line for line in finished.stdout.splitlines() if line.startswith('{"parity"')]
-    assert lines, finished.stderr[-3000:]
-    report: dict[str, Any] = json.loads(lines[-1])["parity"]
+    words = ["--engine", engine, "--user", user, "--delta", CONCISE, *options.split()]
+    variables = {"PYTHONPATH": str(ROOT / "tests" / "cpu_engine"), **(environment or {})}
+    report: dict[str, Any] = run_benchmark("parity", *words, timeout=1200, **variables)["parity"]
     assert report["passed"], report
     assert report["answers_changed"] > 0, "the delta must have changed something for this to mean anything"
     return report
