@@ -112,19 +112,24 @@ def answered_by_plain(url: str, failed: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def judge(user: Path, folders: Sequence[Path], answers: Sequence[Answered]) -> dict[str, Any]:
-    """Worst distance of an emitted token's logit from the oracle's best one."""
+    """By base and steered: worst distance of an emitted token's logit from the oracle's best one, and what was wrong."""
     from cmc_server.delta.store import content_version
     from cmc_server.fusion.scoring import FusedLM
 
-    model = FusedLM.load(user, {content_version(folder): folder for folder in folders})
+    versions = {content_version(folder): folder for folder in folders}
+    model = FusedLM.load(user, {f"{name}.{version}": versions[version] for name in NAMES for version in versions})
     gaps: dict[str, list[float]] = {"base": [], "steered": []}
+    wrong: dict[str, list[str]] = {"base": [], "steered": []}
     for answer in answers:
         logits = model.step_logits((answer.prompt, list(answer.ids)), dict(answer.doses), unmapped="zero")
         emitted = logits.gather(1, logits.new_tensor(answer.ids).long()[:, None])[:, 0]
-        steered = any(strength for _, strength in answer.doses)
-        gaps["steered" if steered else "base"].append(float((logits.amax(dim=1) - emitted).max()))
+        kind = "steered" if any(strength for _, strength in answer.doses) else "base"
+        gap = (logits.amax(dim=1) - emitted).max().item()
+        gaps[kind].append(gap)
+        if gap > TOLERANCE:
+            wrong[kind].append(f"gap {gap:.3f}: {answer}")
     return {
-        kind: {"answers": len(some), "worst_gap": max(some, default=0.0), "wrong": sum(gap > TOLERANCE for gap in some)}
+        kind: {"answers": len(some), "worst_gap": max(some, default=0.0), "wrong": wrong[kind]}
         for kind, some in gaps.items()
     }
 
@@ -157,7 +162,7 @@ def main() -> int:
     grown = growth(memory, 60 * options.warm_up)
     statuses = {what: {str(status): count for status, count in some.items()} for what, some in seen.statuses.items()}
     problems = [*seen.broken, *(f"plain vLLM answers {one}" for one in answered_there)]
-    problems += [f"{one['wrong']} {kind} answers are wrong" for kind, one in judged.items() if one["wrong"]]
+    problems += [f"wrong {kind} answer, {what}" for kind, one in judged.items() for what in one["wrong"]]
     problems += [f"memory grew by {grown:.1%}"] if grown is not None and grown > MAX_GROWTH else []
     for what, some in statuses.items():
         print(f"{what}: {some}")

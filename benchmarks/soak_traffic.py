@@ -59,7 +59,7 @@ class Answered:
     Args:
         prompt: text, or the messages of a chat.
         ids: user tokens of the response.
-        doses: version and strength of each delta, as the answer's header says.
+        doses: ``name.version`` and strength of each delta, as the answer's header says. Two names may hold one content.
     """
 
     prompt: Any
@@ -205,13 +205,14 @@ class Client:
 
 
 def parse_doses(header: str) -> tuple[tuple[str, float], ...]:
-    """``name@strength#version, …`` as versions and strengths; ``none`` is the base model."""
+    """``name@strength#version, …`` as ``name.version`` and strength; ``none`` is the base model."""
     if header == "none":
         return ()
     doses = []
     for one in header.split(","):
         dose, _, version = one.strip().rpartition("#")
-        doses.append((version, float(dose.rpartition("@")[2])))
+        name, _, strength = dose.rpartition("@")
+        doses.append((f"{name}.{version}", float(strength)))
     return tuple(doses)
 
 

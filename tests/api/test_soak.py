@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from bench import run_benchmark
+from bench import import_benchmark, run_benchmark
 from tiny_models import make_delta
 
 if TYPE_CHECKING:
     from conftest import DemoModels
+
+
+def test_two_names_of_one_content_are_two_doses() -> None:
+    doses = import_benchmark("soak_traffic").parse_doses("a@1.5#0123456789ab, b@-0.5#0123456789ab")
+    assert doses == (("a.0123456789ab", 1.5), ("b.0123456789ab", -0.5))
 
 
 @pytest.mark.e2e
