@@ -112,7 +112,7 @@ def answered_by_plain(url: str, failed: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def judge(user: Path, folders: Sequence[Path], answers: Sequence[Answered]) -> dict[str, Any]:
-    """By base and steered: worst distance of an emitted token's logit from the oracle's best one, and what was wrong."""
+    """By base and steered: worst distance of an emitted token from the oracle's best one, and what was wrong."""
     from cmc_server.delta.store import content_version
     from cmc_server.fusion.scoring import FusedLM
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from cmc_server.api.controls import ChosenDelta, DeltaOffer, Offer
 from cmc_server.api.messages import Chat
+from cmc_server.api.words import DeltaWords, delta_words
 from cmc_server.config import EngineSettings
 from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.delta.store import DeltaArtifact, open_delta
@@ -25,8 +25,7 @@ class ServedDelta:
 
     artifact: DeltaArtifact
     encoder: PromptEncoder
-    # A fast tokenizer may not encode in two threads at once.
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    words: DeltaWords
 
     @property
     def offer(self) -> DeltaOffer:
@@ -41,7 +40,7 @@ class ServedDelta:
             ControlsError: the delta's template or tokenizer cannot read the messages.
         """
         try:
-            with self.lock:
+            with self.words.lock:
                 return tuple(self.encoder.encode_messages(chat.messages, **chat.options))
         except (DeltaError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             # Text that no UTF-8 can hold, such as half of a surrogate pair; or whatever a template runs into.
@@ -119,4 +118,5 @@ def serve(artifact: DeltaArtifact) -> ServedDelta:
     Raises:
         DeltaError: its tokenizer cannot be used.
     """
-    return ServedDelta(artifact, PromptEncoder(artifact.tokenizer(), artifact.manifest))
+    words = delta_words(artifact)
+    return ServedDelta(artifact, PromptEncoder(words.tokenizer, artifact.manifest), words)

@@ -14,8 +14,9 @@ from cmc_server.api.preflight import check_delta
 from cmc_server.api.state import LiveState, StateFile
 from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.delta.turns import short_turns
 from cmc_server.errors import CapacityError, CmcError, ConfigError, DeltaError, DeltaNotFoundError
-from cmc_server.vocab.surface import Vocabulary, load_vocabulary
+from cmc_server.vocab.surface import load_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,10 @@ class LiveDeltas:
         self._engine = engine
         self._catalog = catalog
         self._settings = settings
-        self._tokenizer = tokenizer
         self._on_ranks = on_ranks
         self._file = StateFile(Path(settings.state_file))
         self._seen = self._file.read().count
-        self._user: Vocabulary | None = None
+        self._user = load_vocabulary(tokenizer)  # now, since streams wait while a large one is read
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -69,13 +69,13 @@ class LiveDeltas:
         if source.name in self._catalog.served:
             raise ConfigError(f"The delta name {source.name!r} is also the name of a served model; choose another.")
         async with self._alone():
-            artifact = await asyncio.to_thread(self._check, source)
+            served = await asyncio.to_thread(self._check, source)
+            artifact = served.artifact
             # The folder as it was found: the workers and the next start must not look for it elsewhere.
             found = source.model_copy(update={"path": str(artifact.path)})
             await self._prepare(found, artifact.version)
             await self._commit(artifact)
             previous = self._catalog.deltas.get(source.name)
-            served = await asyncio.to_thread(serve, artifact)
             self._catalog.put(served)
             self._record(self._file.read().with_loaded(found))
         if previous is not None and previous.artifact.version != artifact.version:
@@ -145,13 +145,12 @@ class LiveDeltas:
         self._file.write(state)
         self._seen = state.count
 
-    def _check(self, source: DeltaSource) -> DeltaArtifact:
+    def _check(self, source: DeltaSource) -> ServedDelta:
         roots = [Path(root) for root in self._settings.delta_roots]
-        artifact = open_delta(source, roots)
-        if self._user is None:
-            self._user = load_vocabulary(self._tokenizer)
-        check_delta(artifact, self._settings, self._user)
-        return artifact
+        with short_turns():
+            served = serve(open_delta(source, roots))
+            check_delta(served.artifact, self._settings, self._user)
+        return served
 
     async def _prepare(self, source: DeltaSource, version: str) -> None:
         """Let all workers load, and wait for the slowest.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmc_server.api.words import delta_words
 from cmc_server.config import EngineSettings
 from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
 from cmc_server.delta.store import DeltaArtifact, open_delta
@@ -116,7 +117,7 @@ def check_delta(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabul
 
 def _coverage(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary) -> float:
     """Share of the user's ordinary tokens that the map covers; the map is left in the cache for the workers."""
-    delta = read_vocabulary(artifact.tokenizer(), read_generation_config(str(artifact.path)))
+    delta = delta_words(artifact).vocabulary
     overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
     cache = Path(settings.cache_dir) if settings.cache_dir else None
     return cached_map(user, delta, overrides, cache).coverage

@@ -14,10 +14,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 from tokenizers import Tokenizer
 
-from cmc_server.delta.continuation import boundary_facts
+from cmc_server.delta.continuation import Continuation
 from cmc_server.vocab.surface import Vocabulary
 
 #: Longest look-ahead of the patterns in use, in characters, but for runs of one class (contractions: 3), with reserve.
@@ -25,25 +26,27 @@ _LOOKAHEAD = 8
 _LONGEST_PROBE = 24
 _META_SPACE = "\u2581"
 _MEMO_ENTRIES = 65_536
+_ONE_BYTE = [bytes([byte]) for byte in range(256)]
 
 
 class Boundaries:
     """Finds the last settled cut of an encoded text.
 
     Args:
-        continuation: the delta's continuation tokenizer.
+        continuation: of the delta's tokenizer.
         delta: the delta's vocabulary.
     """
 
-    def __init__(self, continuation: Tokenizer, delta: Vocabulary) -> None:
-        self._splits_inside, self._has_words = boundary_facts(continuation)
+    def __init__(self, continuation: Continuation, delta: Vocabulary) -> None:
+        tokenizer = continuation.tokenizer
+        self._splits_inside, self._has_words = continuation.splits_inside, continuation.has_words
         self._joints = _joints(delta) if self._splits_inside else frozenset()
-        self._normalizer = continuation.normalizer
-        self._meta_space = _ids(continuation, _META_SPACE) == _ids(continuation, " ")
+        self._normalizer = tokenizer.normalizer
+        self._meta_space = _ids(tokenizer, _META_SPACE) == _ids(tokenizer, " ")
         # Added tokens are found before anything else, so one that is not complete yet may still reach back.
-        added = (len(token.content) for token in continuation.get_added_tokens_decoder().values())
+        added = (len(token.content) for token in tokenizer.get_added_tokens_decoder().values())
         self._lookahead = max(_LOOKAHEAD, 1 + max(added, default=0))
-        self._digits_settle = _groups_digits_from_left(continuation)
+        self._digits_settle = _groups_digits_from_left(tokenizer)
         self._is_joined = lru_cache(maxsize=_MEMO_ENTRIES)(self._joined)
 
     def settled(self, text: str, offsets: Sequence[tuple[int, int]], word_ids: Sequence[int | None]) -> tuple[int, int]:
@@ -109,16 +112,16 @@ class Boundaries:
         )
 
 
-def _ids(continuation: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = continuation.encode(text, add_special_tokens=False).ids
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids
 
 
-def _groups_digits_from_left(continuation: Tokenizer) -> bool:
+def _groups_digits_from_left(tokenizer: Tokenizer) -> bool:
     """Whether more digits at the end of a number never move the cuts before them."""
     cuts: list[int] = []
     for length in range(1, _LONGEST_PROBE):
-        ends = [end for _, end in continuation.encode("1" * length, add_special_tokens=False).offsets[:-1]]
+        ends = [end for _, end in tokenizer.encode("1" * length, add_special_tokens=False).offsets[:-1]]
         if ends[: len(cuts)] != cuts:
             return False
         cuts = ends
@@ -137,6 +140,9 @@ def _joints(delta: Vocabulary) -> frozenset[tuple[bytes, bytes]]:
     joints: set[tuple[bytes, bytes]] = set()
     for surface in delta.surfaces:
         if surface is None or len(surface) < 2:
+            continue
+        if surface.isascii():
+            joints.update(pairwise(_ONE_BYTE[byte] for byte in surface))
             continue
         starts = [0, *(at for at in range(1, len(surface)) if surface[at] & 0xC0 != 0x80), len(surface)]
         for first, middle, last in zip(starts, starts[1:], starts[2:], strict=False):

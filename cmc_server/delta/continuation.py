@@ -7,6 +7,7 @@ from it, and special tokens inside the text are text. Non-special added tokens s
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,15 +20,28 @@ _UNSPEAKABLE = "\U0010ffff"
 _EDGE_NORMALIZERS = {"Prepend", "Strip"}
 
 
-def continuation_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> Tokenizer:
+@dataclass(frozen=True)
+class Continuation:
+    """A tokenizer in its continuation form, and what the spelling needs to know about where its tokens may end.
+
+    Args:
+        tokenizer: its ids are those of the tokenizer as it is shipped.
+        splits_inside: whether the model splits a word without looking at its edges; BPE and Unigram do, WordPiece does
+            not.
+        has_words: whether a pre-tokenizer splits text into words at all.
+    """
+
+    tokenizer: Tokenizer
+    splits_inside: bool
+    has_words: bool
+
+
+def read_continuation(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> Continuation:
     """Build the continuation form of a fast tokenizer.
 
     Args:
         tokenizer: a fast tokenizer; it is not changed.
         vocabulary: its vocabulary, which says what is special.
-
-    Returns:
-        A `tokenizers` tokenizer whose ids are those of the given one.
     """
     spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {str(vocabulary.contents[token_id]) for token_id in vocabulary.special_ids}
@@ -35,21 +49,14 @@ def continuation_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocab
     spec["normalizer"] = _without_edges(spec.get("normalizer"), "normalizers")
     spec["pre_tokenizer"] = _without_edges(spec.get("pre_tokenizer"), "pretokenizers")
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-    _hide_special(spec["model"], special)
-    return Tokenizer.from_str(json.dumps(spec))
-
-
-def boundary_facts(continuation: Tokenizer) -> tuple[bool, bool]:
-    """What the spelling needs to know about where tokens may end.
-
-    Returns:
-        Whether the model splits a word without looking at its edges (BPE and Unigram do, WordPiece does not), and
-        whether there is a pre-tokenizer that splits text into words at all.
-    """
-    spec = json.loads(continuation.to_str())
     model = spec["model"]
+    _hide_special(model, special)
     edges = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    return model["type"] in ("BPE", "Unigram") and not edges, spec.get("pre_tokenizer") is not None
+    return Continuation(
+        Tokenizer.from_str(json.dumps(spec)),
+        splits_inside=model["type"] in ("BPE", "Unigram") and not edges,
+        has_words=spec["pre_tokenizer"] is not None,
+    )
 
 
 def _without_edges(part: dict[str, Any] | None, members: str) -> dict[str, Any] | None:

@@ -82,7 +82,9 @@ class DeltaRunner:
         self.dtype = dtype
         self.context_length = artifact.context_length or DEFAULT_CONTEXT
         self.max_seqs = max_seqs
-        self._model = load_model(artifact, dtype, IMPLEMENTATION).to(device)
+        self._model = load_model(artifact, dtype, "eager").to(device)
+        expected = self._plain_logits()
+        self._model.set_attn_implementation(IMPLEMENTATION)
         self.vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
         #: Parameters of the model; tied ones count once.
         self.num_parameters = sum(int(parameter.numel()) for parameter in self._model.parameters())
@@ -100,7 +102,7 @@ class DeltaRunner:
         self.memory_bytes = weights + int(self._pool.cached.nbytes)
         #: Tokens that went through the model since it was loaded.
         self.num_tokens = 0
-        self._check_attention()
+        self._check_attention(expected)
 
     def new_sequence(self) -> CachedSequence:
         """An empty sequence; it holds blocks only once it is fed."""
@@ -190,16 +192,25 @@ class DeltaRunner:
         ).logits[0]
         return (logits if self._can_select else logits[wanted]).float()
 
-    def _check_attention(self) -> None:
-        """Compare with the model's own attention on a short input, fed in three steps and rolled back once."""
-        ids = [(7 * position + 1) % self.vocab_size for position in range(min(12, self.context_length))]
-        sequence = self.new_sequence()
-        reference = load_model(self.artifact, self.dtype, "eager").to(self.device)
+    def _probe(self) -> list[int]:
+        """A short input."""
+        return [(7 * position + 1) % self.artifact.vocab_size for position in range(min(12, self.context_length))]
+
+    def _plain_logits(self) -> Tensor:
+        """[D] float32 after the probe, by the model as transformers made it."""
+        ids = torch.tensor([self._probe()], device=self.device)
         try:
             with torch.inference_mode():
-                expected = (
-                    reference(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1].float()
-                )
+                logits: Tensor = self._model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        except (NotImplementedError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+            raise DeltaError(f"The delta {self.artifact.name!r} cannot be run: {one_line(error)}.") from error
+        return logits
+
+    def _check_attention(self, expected: Tensor) -> None:
+        """Compare with the model's own attention on the probe, fed in three steps and rolled back once."""
+        ids = self._probe()
+        sequence = self.new_sequence()
+        try:
             self.forward([Feed(sequence, ids[:5], 0)])
             self.forward([Feed(sequence, ids[:7], 3)])
             actual = self.forward([Feed(sequence, ids, 7)])[0]

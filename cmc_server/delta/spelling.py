@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cmc_server.delta.boundaries import Boundaries
-from cmc_server.delta.continuation import continuation_tokenizer
+from cmc_server.delta.continuation import read_continuation
 from cmc_server.vocab.pm_mined import MatchKind
 from cmc_server.vocab.surface import Vocabulary
 from cmc_server.vocab.vocab_map import VocabularyMap
@@ -47,8 +47,9 @@ class Speller:
         self._special = user.special_ids
         self._bos_id = user.bos_id
         self._byte_ids = byte_table(delta)
-        self._tokenizer = continuation_tokenizer(tokenizer, delta)
-        self._boundaries = Boundaries(self._tokenizer, delta)
+        continuation = read_continuation(tokenizer, delta)
+        self._tokenizer = continuation.tokenizer
+        self._boundaries = Boundaries(continuation, delta)
         self.delta_ids: list[int] = vocab_map.delta_ids.tolist()
         self.follows: list[bool] = np.isin(vocab_map.match, _FOLLOWED).tolist()
         self._encode_memo = lru_cache(maxsize=_MEMO_ENTRIES)(self._encode)

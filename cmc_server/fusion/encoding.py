@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from cmc_server.delta.continuation import continuation_tokenizer
+from cmc_server.delta.continuation import read_continuation
 from cmc_server.delta.prompt import Message, plain_messages
 from cmc_server.errors import ConfigError
 from cmc_server.vocab.surface import Vocabulary
@@ -44,7 +44,7 @@ class UserEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, num_ids: int) -> None:
         self._tokenizer = tokenizer
         self._num_ids = num_ids
-        self._continuation = continuation_tokenizer(tokenizer, vocabulary)
+        self._continuation = read_continuation(tokenizer, vocabulary).tokenizer
         self._special = {str(vocabulary.contents[token]): token for token in vocabulary.special_ids}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,11 +18,26 @@ from cmc_server.delta.spelling import Speller
 from cmc_server.delta.store import DeltaArtifact, open_delta, vocabulary_version
 from cmc_server.errors import DeltaError, MapError
 from cmc_server.vocab.special import read_overrides
-from cmc_server.vocab.surface import Vocabulary, load_vocabulary
+from cmc_server.vocab.surface import Vocabulary, read_generation_config, read_vocabulary
 from cmc_server.vocab.vocab_map import VocabularyMap, cached_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """What depends on two vocabularies and on nothing else of a delta.
+
+    Args:
+        tokenizer: the delta's.
+        vocab_map: user tokens to delta tokens.
+        speller: user tokens in delta tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_map: VocabularyMap
+    speller: Speller
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +47,15 @@ class LoadedDelta:
     Args:
         artifact: the checked folder.
         runner: its forward pass and cache.
-        speller: user tokens in its own tokens.
+        words: what it shares with other deltas of its vocabulary.
         encoder: its prompt rendering.
-        vocab_map: user tokens to delta tokens.
         delta_ids: the map as int64 on the runner's device; None is the identity.
     """
 
     artifact: DeltaArtifact
     runner: DeltaRunner
-    speller: Speller
+    words: Words
     encoder: PromptEncoder
-    vocab_map: VocabularyMap
     delta_ids: Tensor | None
 
     @property
@@ -49,22 +63,25 @@ class LoadedDelta:
         """The name it is served under."""
         return self.artifact.name
 
+    @property
+    def speller(self) -> Speller:
+        """User tokens in its own tokens."""
+        return self.words.speller
+
+    @property
+    def vocab_map(self) -> VocabularyMap:
+        """User tokens to delta tokens."""
+        return self.words.vocab_map
+
     def prompt_ids(self, user_prompt: Sequence[int]) -> list[int]:
         """The delta's prompt where the caller rendered none: bos as the delta wants it, then the prompt spelled."""
         return [*self.encoder.bos_ids, *self.speller.spell_prompt(user_prompt)]
 
 
-@dataclass(frozen=True)
-class _Words:
-    """What depends on two vocabularies and on nothing else of a delta."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vocab_map: VocabularyMap
-    speller: Speller
-
-
 class DeltaLoader:
-    """Makes deltas ready for one user LLM. What deltas of one vocabulary have in common is made once.
+    """Makes deltas ready for one user LLM.
+
+    What deltas of one vocabulary have in common is made once, and kept while one of them lives.
 
     Args:
         user: the user LLM's vocabulary.
@@ -78,7 +95,7 @@ class DeltaLoader:
         self._settings = settings
         self._max_seqs = max_seqs
         self._device = device
-        self._words: dict[str, _Words] = {}
+        self._words: WeakValueDictionary[str, Words] = WeakValueDictionary()
 
     def load(self, artifact: DeltaArtifact) -> LoadedDelta:
         """Map and load a delta.
@@ -104,24 +121,25 @@ class DeltaLoader:
         return LoadedDelta(
             artifact=artifact,
             runner=runner,
-            speller=words.speller,
+            words=words,
             encoder=PromptEncoder(words.tokenizer, artifact.manifest),
-            vocab_map=vocab_map,
             delta_ids=map_tensor(vocab_map, runner.vocab_size, self._device),
         )
 
-    def _words_of(self, artifact: DeltaArtifact) -> _Words:
+    def _words_of(self, artifact: DeltaArtifact) -> Words:
         # The size of the logits is checked against the tokenizer when that is loaded, so it belongs to the key.
         key = f"{vocabulary_version(artifact.path)} {artifact.vocab_size}"
-        if key not in self._words:
+        words = self._words.get(key)
+        if words is None:
             settings = self._settings
             tokenizer = artifact.tokenizer()
-            delta = load_vocabulary(str(artifact.path))
+            delta = read_vocabulary(tokenizer, read_generation_config(str(artifact.path)))
             overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
             cache = Path(settings.cache_dir) if settings.cache_dir else None
             vocab_map = cached_map(self._user, delta, overrides, cache)
-            self._words[key] = _Words(tokenizer, vocab_map, Speller(self._user, delta, vocab_map, tokenizer))
-        return self._words[key]
+            words = Words(tokenizer, vocab_map, Speller(self._user, delta, vocab_map, tokenizer))
+            self._words[key] = words
+        return words
 
 
 def load_delta(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmc_server.config import DeltaSource
 from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.delta.turns import short_turns
 from cmc_server.errors import CapacityError, CmcError, DeltaError
 from cmc_server.fusion.beside import Beside
 from cmc_server.fusion.controller import DeltaController
@@ -94,7 +95,8 @@ class Shelf:
         self._check_room(source.name, num_bytes)
         order.num_bytes = num_bytes
         self._reserve = None
-        return self._load(artifact)
+        with short_turns():
+            return self._load(artifact)
 
     def state(self, name: str) -> dict[str, Any]:
         """How far a delta is: ``ready``, ``loading``, or ``failed`` with the ``reason``."""
