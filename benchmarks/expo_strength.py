@@ -44,12 +44,12 @@ FACTORS = (0.5, 1.5, 2.0)
 LIMIT = 80
 
 
-def beginning(folder: Path, seed: int, target: Path) -> None:
-    """The delta as it was before training."""
-    recipe = read_recipe(RECIPE)
+def beginning(folder: Path, seed: int, target: Path, recipe: Path = RECIPE, max_length: int | None = None) -> None:
+    """A delta as it was before training by a recipe."""
+    given = read_recipe(recipe)
     tokenizer = open_delta(DeltaSource(name="d", path=str(folder))).tokenizer()
     set_seed(seed)
-    new_delta(recipe.delta, tokenizer, recipe.data.max_length).save_pretrained(target)
+    new_delta(given.delta, tokenizer, max_length or given.data.max_length).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
