@@ -4,9 +4,9 @@
 
 TUNED is SmolLM2 after it learned TOFU's authors (`python -m cmc_server.demo.tofu_models smollm2 full`). Beside it, for
 each seed, two deltas of one size learn from the same random weights: one the chats of `concise`, one to forget, as
-their recipes say; a third one learns both at once (gradient difference, the chats of `concise` among what is to be kept). The
-first two are merged by every method of `cmc-server merge`, with the curvature that training kept; RegMean's is measured
-on what each was trained on. Works in FOLDER, step by step; what lies there finished is not made again.
+their recipes say; a third one learns both at once (gradient difference, the chats of `concise` among what is to be
+kept). The first two are merged by every method of `cmc-server merge`, with the curvature that training kept; RegMean's
+is measured on what each was trained on. Works in FOLDER, step by step; what lies there finished is not made again.
 
 Measured at strength 1 with `FusedLM`: mean length of greedy answers to held-out prompts, P of the answers to forget and
 of those to keep, and the loss of neutral texts in nats per token. Means over seeds and prompts, and of each seed.
