@@ -26,6 +26,14 @@ OURS = (sys.executable, "-m", "cmc_server", "serve")
 PLAIN_VLLM = (sys.executable, "-c", _PLAIN)
 
 
+def free_port() -> int:
+    """One that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextmanager
 def server(command: Sequence[str], user: Path, extra: Sequence[str], log: Path) -> Iterator[str]:
     """A running server of one LLM, named ``user``; its base URL.
@@ -36,9 +44,7 @@ def server(command: Sequence[str], user: Path, extra: Sequence[str], log: Path) 
         extra: more arguments.
         log: file for what it prints.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [*command, str(user), "--port", str(port), "--served-model-name", "user"]
     words += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log", *extra]
     with log.open("w") as stream:
