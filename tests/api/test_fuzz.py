@@ -1,8 +1,12 @@
-"""Random bodies never bring the server to an error of its own that plain vLLM would not have with the same body."""
+"""Random bodies never bring the server to an error of its own that plain vLLM would not have with the same body.
+
+CMC_TEST_FUZZ_BODIES says how many of them (240), over all routes.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +30,7 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "Hi"},
     "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}]},
 }
+NUM_BODIES = int(os.environ.get("CMC_TEST_FUZZ_BODIES", "240"))
 SHORT = {"max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2}
 names = st.sampled_from(["tiny", "tiny", "nope", "smollm2", ""])
 strengths = st.sampled_from([0, 0.5, 1, -1, 9, True, None, "1", 1e999]) | st.floats()
@@ -70,7 +75,12 @@ def bodies(server: RunningServer) -> dict[str, st.SearchStrategy[Any]]:
 
 @pytest.mark.parametrize("route", VALID)
 def test_no_error_of_our_own(server: RunningServer, bodies: dict[str, st.SearchStrategy[Any]], route: str) -> None:
-    @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=NUM_BODIES // len(VALID),
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(bodies[route], st.none() | st.sets(st.integers(0, 60), max_size=4), ours)
     def check(case: Any, kept: set[int] | None, changes: dict[str, Any]) -> None:
         body = dict(case.body) if isinstance(case.body, dict) else {}
