@@ -1,0 +1,147 @@
+"""Can a delta heal a pruned LLM? SmolLM2 pruned by Wanda, then a delta beside it, against adapters in its weights.
+
+    python benchmarks/healing.py --work FOLDER [--sparsity 0.5 0.7] [--seeds 1 2 3] [--output REPORT.json]
+
+The delta has no weights to interfere with: it is trained beside the pruned LLM and added to its logits, at strength 1.
+The pooled adapter, LoRA and masked LoRA are merged into the weights that stay. All have about as many parameters (2.4
+million), and read the same texts in one round; each has its best learning rate of --rates, found with the first seed
+on other texts than those measured. --passes is how often the delta reads the texts: adapters read them once. Texts are
+those of ``benchmarks/sparsify.py``. Works in FOLDER, step by step. Prints perplexities and, as its last line, one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmark_report import describe_machine, keep
+from sparsify import loss_of, split
+from sparsify import run as report_of
+from unlearning import RECIPES, make, run
+
+from cmc_server.demo.models import demo_model
+from cmc_server.fusion.scoring import FusedLM
+
+ADAPTERS = ("pooled", "lora", "masked-lora")
+MEASURED = ("test", "neutral")
+
+
+class Lab:
+    """What is made of one LLM at one sparsity.
+
+    Args:
+        options: the command line.
+        files: of texts, by what they are for.
+        sparsity: share of the weights that go.
+    """
+
+    def __init__(self, options: argparse.Namespace, files: dict[str, Path], sparsity: float) -> None:
+        self.options, self.files, self.sparsity = options, files, sparsity
+        self.work: Path = options.work / f"{sparsity:g}"
+        self.work.mkdir(exist_ok=True)
+        self.pruned = self.work / "pruned"
+        make(self.pruned, partial(run, "cmc_server", *self._words("-o", self.pruned)))
+
+    def _words(self, *more: str | Path) -> list[str | Path]:
+        words: list[str | Path] = ["sparsify", demo_model("smollm2"), "--sparsity", str(self.sparsity)]
+        return [*words, "--calibrate", self.files["train"], "--length", "512", *more]
+
+    def adapter(self, method: str, rate: float, seed: int) -> dict[str, float]:
+        """Losses of the LLM with an adapter merged into it."""
+        kept = self.work / f"{method}-{rate:g}-{seed}.json"
+        if not kept.exists():
+            folder = self.work / "adapted"
+            words = self._words("--tuning", method, "--tuning-data", self.files["train"], "--iterations", "1")
+            words += ["--final-examples", str(self.options.texts), "--learning-rate", str(rate), "--seed", str(seed)]
+            report_of([*map(str, words), "-o", str(folder), "--force"])
+            kept.write_text(json.dumps({kind: loss_of(folder, self.files[kind]) for kind in ("validation", *MEASURED)}))
+        losses: dict[str, float] = json.loads(kept.read_text())
+        return losses
+
+    def delta(self, passes: int, rate: float, seed: int) -> dict[str, float]:
+        """Losses of the LLM with a delta beside it."""
+        folder = self.work / f"delta-{passes}-{rate:g}-{seed}"
+        recipe: dict[str, Any] = yaml.safe_load((RECIPES / "concise.yaml").read_text())
+        recipe |= {"name": "healing", "template": str(self.pruned), "seed": seed}
+        train = folder.with_suffix(".jsonl")
+        train.write_text("".join(self.files["train"].read_text().splitlines(keepends=True)[: self.options.texts]))
+        recipe["data"] = {"train": str(train), "cache": "disk", "cache_folder": str(self.work / "hidden")}
+        recipe["objective"] = {"name": "instruction_tuning"}
+        recipe["optimisation"] = {"epochs": passes, "batch_size": 16, "learning_rate": rate}
+        recipe["output"] = {"dtype": "float32"}
+        path = folder.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(recipe))
+        make(folder, partial(run, "cmc_server", "train", path, "--output", folder))
+        model = FusedLM.load(self.pruned, {"healing": folder})
+        return {kind: self._loss(model, self.files[kind]) for kind in ("validation", *MEASURED)}
+
+    @staticmethod
+    def _loss(model: FusedLM, texts: Path) -> float:
+        """In nats per token, weighed as ``loss_of`` does: the mean over all tokens but each text's first one."""
+        total, count = 0.0, 0
+        ids = [model.encode_continuation(json.loads(line)["text"]) for line in texts.read_text().splitlines()]
+        for scores in model.score_batch([(text[:1], text[1:]) for text in ids], {"healing": 1.0}):
+            total, count = total - float(scores.sum()), count + len(scores)
+        return total / count
+
+    def best(self, measure: Any) -> tuple[float, dict[str, float]]:
+        """The learning rate of the least loss of validation texts, with the first seed."""
+        losses = {rate: measure(rate, self.options.seeds[0])["validation"] for rate in self.options.rates}
+        return min(losses, key=lambda rate: losses[rate]), {f"{rate:g}": loss for rate, loss in losses.items()}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| sparsity | healed by | rate | perplexity, answers | perplexity, neutral texts |",
+        "|---|---|---|---|---|",
+    ]
+    for one in results:
+        cells = []
+        for kind in MEASURED:
+            values = [math.exp(losses[kind]) for losses in one["losses"]]
+            spread = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        lines.append(f"| {one['sparsity']:g} | {one['by']} | {one.get('rate', '')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3])
+    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--passes", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    options.work = options.work.absolute()
+    options.work.mkdir(parents=True, exist_ok=True)
+    files = split(options.work)
+    dense = {kind: loss_of(demo_model("smollm2"), files[kind]) for kind in MEASURED}
+    results: list[dict[str, Any]] = [{"sparsity": 0.0, "by": "nothing", "losses": [dense]}]
+    for sparsity in options.sparsity:
+        lab = Lab(options, files, sparsity)
+        pruned = {kind: loss_of(lab.pruned, files[kind]) for kind in MEASURED}
+        results.append({"sparsity": sparsity, "by": "nothing", "losses": [pruned]})
+        ways = {name: partial(lab.adapter, name) for name in ADAPTERS}
+        ways |= {f"delta, {passes} passes": partial(lab.delta, passes) for passes in options.passes}
+        for name, measure in ways.items():
+            rate, tried = lab.best(measure)
+            losses = [measure(rate, seed) for seed in options.seeds]
+            results.append({"sparsity": sparsity, "by": name, "rate": rate, "tried": tried, "losses": losses})
+            print(table(results), flush=True)
+    report = {"benchmark": "healing", "machine": describe_machine("torch", "transformers"), "texts": options.texts}
+    keep(report | {"results": results}, options.output)
+
+
+if __name__ == "__main__":
+    main()
