@@ -32,13 +32,16 @@ class Engine:
         self.errored = False
         self.stopped = False
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
-        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_dead=False))
+        self.engine_core = SimpleNamespace(
+            resources=SimpleNamespace(engine_dead=False), call_utility_all_async=self.call_utility_all
+        )
 
-    async def collective_rpc(self, name: str) -> Any:
-        assert name == "cmc_status"
+    async def call_utility_all(self, utility: str, method: str, *_: Any) -> Any:
+        """A list of ranks for each engine, as vLLM's client gives it: here every rank is an engine of its own."""
+        assert (utility, method) == ("collective_rpc", "cmc_status")
         if isinstance(self.ranks, Exception):
             raise self.ranks
-        return self.ranks
+        return [[rank] for rank in self.ranks]
 
     def generate(self) -> None: ...
 

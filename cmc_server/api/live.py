@@ -16,6 +16,7 @@ from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.store import DeltaArtifact, open_delta
 from cmc_server.delta.turns import short_turns
 from cmc_server.errors import CapacityError, CmcError, ConfigError, DeltaError, DeltaNotFoundError
+from cmc_server.integrations.vllm_engine import ask_workers
 from cmc_server.vocab.surface import load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -173,8 +174,7 @@ class LiveDeltas:
 
     async def _call(self, method: str, *arguments: Any) -> Sequence[Any]:
         async with asyncio.timeout(_RPC_SECONDS):
-            reports: Sequence[Any] = await self._engine.collective_rpc(method, args=arguments)
-        return reports
+            return await ask_workers(self._engine, method, *arguments)
 
     def _retire_later(self, artifact: DeltaArtifact) -> None:
         async def retire() -> None:

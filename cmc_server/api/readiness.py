@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cmc_server.api.catalog import Catalog
+from cmc_server.integrations.vllm_engine import ask_workers
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Readiness:
     async def _ask_workers(self, catalog: Catalog) -> str | None:
         try:
             async with asyncio.timeout(_RPC_TIMEOUT):
-                ranks = await self._engine.collective_rpc(STATUS_RPC)
+                ranks = await ask_workers(self._engine, STATUS_RPC)
         except Exception as error:
             # Whatever goes wrong here means the same: no worker of ours has answered.
             return f"the workers do not answer ({error or type(error).__name__})"

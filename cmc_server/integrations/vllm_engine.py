@@ -107,6 +107,15 @@ def engine_rows(engine_client: Any) -> int:
     return rows
 
 
+async def ask_workers(engine_client: Any, method: str, *arguments: Any) -> list[Any]:
+    """Call a method of our worker extension on every rank of every engine; what each of them answers.
+
+    ``AsyncLLM.collective_rpc`` calls it everywhere, too, but under data parallelism hears the first engine alone.
+    """
+    asked = engine_client.engine_core.call_utility_all_async("collective_rpc", method, None, arguments, {})
+    return [answer for of_engine in await asked for answer in of_engine]
+
+
 def is_dead(engine_client: Any) -> bool:
     """Whether the engine has ended by itself; only known until it is shut down, which vLLM notes in the same way."""
     return bool(engine_client.engine_core.resources.engine_dead)
