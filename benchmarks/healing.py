@@ -76,7 +76,7 @@ class Lab:
         recipe["data"] = {"train": str(train), "cache": "disk", "cache_folder": str(self.work / "hidden")}
         recipe["objective"] = {"name": "instruction_tuning"}
         recipe["optimisation"] = {"epochs": passes, "batch_size": 16, "learning_rate": rate}
-        recipe["output"] = {"dtype": "float32"}
+        recipe["output"] = {"folder": "unused", "dtype": "float32"}
         path = folder.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(recipe))
         make(folder, partial(run, "cmc_server", "train", path, "--output", folder))

@@ -66,7 +66,7 @@ def recipe_of(part: str, llm: Path, work: Path, seed: int) -> dict[str, Any]:
         data["retain"] = str(kept)
         recipe["optimisation"]["epochs"] *= 2  # as many steps as both parts together
     recipe |= {"name": part, "delta": size, "data": data, "seed": seed, "template": str(llm)}
-    recipe["output"] = {"dtype": "float32", "curvature": "none" if part == "joint" else "optimiser"}
+    recipe["output"] = {"folder": "unused", "dtype": "float32", "curvature": "none" if part == "joint" else "optimiser"}
     return recipe
 
 

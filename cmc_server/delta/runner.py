@@ -15,19 +15,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cmc_server.config import FAST_PATHS, FastPath
-from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool, RowGroup
+from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool
 from cmc_server.delta.blocks import BlockPool, CachedSequence
 from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
 from cmc_server.delta.head import pack_head
 from cmc_server.delta.llama import FastLlama
 from cmc_server.delta.packed import is_packed, load_packed
+from cmc_server.delta.pieces import Piece, group_rows, split
 from cmc_server.delta.store import DeltaArtifact
 from cmc_server.errors import DeltaError, one_line
 
 #: Tokens per forward pass; a longer prefill runs in pieces, which bounds the workspace.
 MAX_TOKENS = 1024
-#: Rows with at most this many new tokens are attended to together, padded to one length.
-_SHORT = 4
+#: On a CPU, bytes of keys and values that are gathered at once: more no longer fit its cache. Measured, see
+#: docs/performance.md.
+_GATHERED_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,6 @@ class Feed:
     ids: Sequence[int]
     keep: int
     settled: int = 0
-
-
-@dataclass
-class _Piece:
-    row: int
-    start: int
-    stop: int
 
 
 class DeltaRunner:
@@ -98,6 +93,8 @@ class DeltaRunner:
         layers, heads, head_size = cache_shape(self._model.config)
         self._pool = KeyValuePool(layers, self.blocks.num_blocks, BLOCK_SIZE, heads, head_size, dtype, device)
         self._pool.attach(self._model)
+        block_bytes = self._pool.cached[0, 0].nbytes
+        self._gathered_blocks = max(1, _GATHERED_BYTES // block_bytes) if device.type == "cpu" else None
         #: Bytes reserved for weights and key-value cache.
         self.memory_bytes = weights + int(self._pool.cached.nbytes)
         #: Tokens that went through the model since it was loaded.
@@ -140,7 +137,7 @@ class DeltaRunner:
         output: Tensor | None = None
         pieces = [self._begin(row, feed) for row, feed in enumerate(feeds)]
         while pieces:
-            batch, pieces = _split(pieces, MAX_TOKENS)
+            batch, pieces = split(pieces, MAX_TOKENS)
             ended = [piece for piece in batch if piece.stop == len(feeds[piece.row].ids)]
             logits = self._run(feeds, batch, [piece.row for piece in ended])
             for piece in batch:
@@ -156,11 +153,11 @@ class DeltaRunner:
             output[torch.tensor([piece.row for piece in ended], dtype=torch.int64, device=self.device)] = logits
         return torch.zeros(0, self.vocab_size, device=self.device) if output is None else output
 
-    def _begin(self, row: int, feed: Feed) -> _Piece:
+    def _begin(self, row: int, feed: Feed) -> Piece:
         self._pool.clear(feed.sequence.reserve(len(feed.ids)))
-        return _Piece(row, feed.sequence.length, len(feed.ids))
+        return Piece(row, feed.sequence.length, len(feed.ids))
 
-    def _run(self, feeds: Sequence[Feed], pieces: list[_Piece], ended: list[int]) -> Tensor:
+    def _run(self, feeds: Sequence[Feed], pieces: list[Piece], ended: list[int]) -> Tensor:
         """One forward pass over packed pieces; [len(ended), D] float32."""
         ids: list[int] = []
         positions: list[int] = []
@@ -173,7 +170,7 @@ class DeltaRunner:
             positions.extend(range(piece.start, piece.stop))
             slots.extend(feed.sequence.slots(piece.start, piece.stop))
         blocks = [feeds[piece.row].sequence.blocks for piece in pieces]
-        groups = [group.to(self.device) for group in _group_rows(pieces, offsets, blocks)]
+        groups = [group.to(self.device) for group in group_rows(pieces, offsets, blocks, self._gathered_blocks)]
         self._pool.begin(torch.tensor(slots, device=self.device), groups)
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
         wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in set(ended)]
@@ -292,52 +289,3 @@ def _twins(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:
         if shared:
             begun.add(beginning)
     return first, twins
-
-
-def _split(pieces: list[_Piece], budget: int) -> tuple[list[_Piece], list[_Piece]]:
-    """The pieces of one forward pass of at most ``budget`` tokens, and what is left for later ones."""
-    batch: list[_Piece] = []
-    left: list[_Piece] = []
-    for piece in pieces:
-        count = min(piece.stop - piece.start, budget)
-        if count:
-            batch.append(_Piece(piece.row, piece.start, piece.start + count))
-        if piece.start + count < piece.stop:
-            left.append(_Piece(piece.row, piece.start + count, piece.stop))
-        budget -= count
-    return batch, left
-
-
-def _group_rows(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]]) -> list[RowGroup]:
-    """Short pieces (decoding) in one group, every long one (prefill) in a group of its own."""
-    short = [index for index, piece in enumerate(pieces) if piece.stop - piece.start <= _SHORT]
-    long = [[index] for index, piece in enumerate(pieces) if piece.stop - piece.start > _SHORT]
-    return [_row_group(pieces, offsets, blocks, members) for members in ([short] if short else []) + long]
-
-
-def _row_group(pieces: list[_Piece], offsets: list[int], blocks: list[list[int]], members: list[int]) -> RowGroup:
-    """Few tensors whatever the number of rows: this runs in every step."""
-    longest = max(pieces[index].stop for index in members)
-    held = -(-longest // BLOCK_SIZE)
-    # Blocks that pad a row lie behind its last position, so that no query sees them.
-    tables = [(blocks[index] + blocks[index][:1] * held)[:held] for index in members]
-    counts = [pieces[index].stop - pieces[index].start for index in members]
-    width = max(counts)
-    starts = torch.tensor([[pieces[index].start] for index in members])
-    tokens = torch.tensor([[offsets[index]] for index in members])
-    token_index: Tensor | None
-    if width == 1:
-        query_positions, real = starts, None
-        token_index = None if len(members) == len(pieces) else tokens
-    else:
-        steps = torch.arange(width)
-        real = steps < torch.tensor(counts).unsqueeze(1)
-        token_index = torch.where(real, tokens + steps, tokens)
-        query_positions = torch.where(real, starts + steps, -1)
-        real = None if min(counts) == width else real
-    return RowGroup(
-        token_index=token_index,
-        blocks=torch.tensor(tables),
-        query_positions=query_positions,
-        query_mask=real,
-    )

@@ -76,7 +76,7 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
         ``logits``, changed in the given rows.
     """
     preserve = unmapped == "preserve" and bool(shifts)
-    if logits.device.type == "cpu" and (preserve or any(shift.delta_ids is not None for shift in shifts)):
+    if logits.device.type == "cpu":
         return _fuse_row_by_row(logits, rows, shifts, preserve)
     if logits.is_cuda and len(shifts) == 1:
         return _fuse_by_kernel(logits, rows, shifts[0], preserve)
@@ -142,10 +142,10 @@ class _RowAdder:
         num_rows, size = self._delta_logits.shape
         strength = shift.strength
         self._strengths = strength.tolist() if isinstance(strength, Tensor) else [strength] * num_rows
-        self._scaled = self._delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
         self._index: Tensor | None = None
         self._width = min(size, num_columns)
         if shift.delta_ids is not None:
+            self._scaled = self._delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
             self._width = min(shift.delta_ids.numel(), num_columns)
             delta_ids = shift.delta_ids[: self._width]
             self._index = torch.where(delta_ids < 0, size, delta_ids)
@@ -158,11 +158,11 @@ class _RowAdder:
 
     def add(self, position: int, target: Tensor) -> None:
         """Add the shift's row at ``position`` to a row [U] of the logits."""
-        row = self._delta_logits[position]
-        torch.mul(row, self._strengths[position], out=self._scaled[: row.numel()])
+        row, strength = self._delta_logits[position], self._strengths[position]
         if self._index is None:
-            target[: self._width].add_(self._scaled[: self._width])
+            target[: self._width].add_(row[: self._width], alpha=strength)
         else:
+            torch.mul(row, strength, out=self._scaled[: row.numel()])
             torch.index_select(self._scaled, 0, self._index, out=self._gathered)
             target[: self._width].add_(self._gathered)
 

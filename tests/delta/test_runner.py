@@ -110,6 +110,15 @@ def test_a_long_prompt_is_read_in_pieces(artifact: DeltaArtifact, monkeypatch: p
     grow_and_roll_back(DeltaRunner(artifact, max_seqs=4, device=CPU), artifact, steps=8, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_rows_are_attended_to_in_groups_that_fit_the_cache(
+    artifact: DeltaArtifact, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    block_bytes = DeltaRunner(artifact, max_seqs=1, device=CPU)._pool.cached[0, 0].nbytes
+    monkeypatch.setattr("cmc_server.delta.runner._GATHERED_BYTES", blocks * block_bytes)
+    grow_and_roll_back(DeltaRunner(artifact, max_seqs=4, device=CPU), artifact, steps=25, tolerance=1e-4)
+
+
 def test_the_same_input_again_gives_the_same_row(artifact: DeltaArtifact) -> None:
     runner = DeltaRunner(artifact, max_seqs=1, device=CPU)
     sequence = runner.new_sequence()
