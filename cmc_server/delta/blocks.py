@@ -7,6 +7,7 @@ still writes to is its own alone. Running sequences never lose a block; only wha
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import count
@@ -131,7 +132,8 @@ class CachedSequence:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self.blocks: list[int] = []
+        #: Packed, so that the table of a long sequence is copied in one go.
+        self.blocks = array("q")
         self.length = 0
         #: Marks of the leading blocks that are published; nothing is written to these.
         self._marks: list[int] = []
@@ -197,7 +199,7 @@ class CachedSequence:
         """
         missing = -(-length // self._pool.block_size) - len(self.blocks)
         taken = self._pool.take(missing) if missing > 0 else []
-        self.blocks += taken
+        self.blocks.extend(taken)
         return taken
 
     def hide(self) -> None:

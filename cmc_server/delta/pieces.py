@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from cmc_server.delta.attention import RowGroup
 from cmc_server.delta.capacity import BLOCK_SIZE
@@ -39,7 +41,7 @@ def split(pieces: Sequence[Piece], budget: int) -> tuple[list[Piece], list[Piece
 
 
 def group_rows(
-    pieces: Sequence[Piece], offsets: Sequence[int], blocks: Sequence[Sequence[int]], limit: int | None
+    pieces: Sequence[Piece], offsets: Sequence[int], blocks: Sequence[array[int]], limit: int | None
 ) -> list[RowGroup]:
     """Short pieces (decoding) together, every long one (prefill) in a group of its own.
 
@@ -51,56 +53,72 @@ def group_rows(
             number. Rows of like length are then grouped, so that a long one does not pad the others.
     """
     short = [index for index, piece in enumerate(pieces) if piece.stop - piece.start <= _SHORT]
-    groups = [[index] for index, piece in enumerate(pieces) if piece.stop - piece.start > _SHORT]
+    groups: list[RowGroup] = []
     if short:
-        groups += [short] if limit is None else _within(limit, pieces, short)
-    return [_row_group(pieces, offsets, blocks, members) for members in groups]
-
-
-def _within(limit: int, pieces: Sequence[Piece], short: list[int]) -> list[list[int]]:
-    """The rows in their order if they all fit one group; else the longest first, as many to a group as fit."""
-    held = {index: _num_blocks(pieces[index]) for index in short}
-    if len(short) * max(held.values()) <= limit:
-        return [short]
-    groups: list[list[int]] = []
-    room = 0
-    for index in sorted(short, key=lambda index: held[index], reverse=True):
-        if room == 0:
-            groups.append([])
-            room = max(1, limit // held[index])
-        groups[-1].append(index)
-        room -= 1
+        members, sizes = _within(limit, pieces, short)
+        groups += _row_groups(pieces, offsets, blocks, members, sizes)
+    for index, piece in enumerate(pieces):
+        if piece.stop - piece.start > _SHORT:
+            groups += _row_groups(pieces, offsets, blocks, [index], [1])
     return groups
+
+
+def _within(limit: int | None, pieces: Sequence[Piece], short: list[int]) -> tuple[list[int], list[int]]:
+    """The rows in the order of their groups, and how many each group has.
+
+    One group in the given order if it may hold them all; else the longest first, as many to a group as fit.
+    """
+    held = {index: _num_blocks(pieces[index]) for index in short}
+    if limit is None or len(short) * max(held.values()) <= limit:
+        return short, [len(short)]
+    order = sorted(short, key=lambda index: held[index], reverse=True)
+    sizes: list[int] = []
+    done = 0
+    while done < len(order):
+        sizes.append(min(max(1, limit // held[order[done]]), len(order) - done))
+        done += sizes[-1]
+    return order, sizes
 
 
 def _num_blocks(piece: Piece) -> int:
     return -(-piece.stop // BLOCK_SIZE)
 
 
-def _row_group(
-    pieces: Sequence[Piece], offsets: Sequence[int], blocks: Sequence[Sequence[int]], members: list[int]
-) -> RowGroup:
-    """Few tensors whatever the number of rows: this runs in every step."""
-    held = max(_num_blocks(pieces[index]) for index in members)
-    # Blocks that pad a row lie behind its last position, so that no query sees them.
-    tables = [[*blocks[index], *[blocks[index][0]] * held][:held] for index in members]
-    counts = [pieces[index].stop - pieces[index].start for index in members]
-    width = max(counts)
-    starts = torch.tensor([[pieces[index].start] for index in members])
-    tokens = torch.tensor([[offsets[index]] for index in members])
-    token_index: Tensor | None
-    if width == 1:
-        query_positions, real = starts, None
-        token_index = None if len(members) == len(pieces) else tokens
-    else:
+def _row_groups(
+    pieces: Sequence[Piece],
+    offsets: Sequence[int],
+    blocks: Sequence[array[int]],
+    members: list[int],
+    sizes: list[int],
+) -> list[RowGroup]:
+    """Groups of rows one after the other. Few tensors whatever the number of rows: this runs in every step."""
+    stops = np.array([pieces[index].stop for index in members])
+    counts = stops - np.array([pieces[index].start for index in members])
+    held = -(-stops // BLOCK_SIZE)
+    tables = np.empty((len(members), int(held.max())), dtype=np.int64)
+    for table, index in zip(tables, members, strict=True):
+        own = blocks[index][: len(table)]
+        table[: len(own)] = own
+        # Blocks that pad a row lie behind its last position, so that no query sees them.
+        table[len(own) :] = own[0]
+    starts = torch.from_numpy(stops - counts).unsqueeze(1)
+    tokens = torch.tensor([offsets[index] for index in members]).unsqueeze(1)
+    query_positions, real = starts, None
+    if (width := int(counts.max())) > 1:
         steps = torch.arange(width)
-        real = steps < torch.tensor(counts).unsqueeze(1)
-        token_index = torch.where(real, tokens + steps, tokens)
-        query_positions = torch.where(real, starts + steps, -1)
-        real = None if min(counts) == width else real
-    return RowGroup(
-        token_index=token_index,
-        blocks=torch.tensor(tables),
-        query_positions=query_positions,
-        query_mask=real,
-    )
+        within = steps < torch.from_numpy(counts).unsqueeze(1)
+        tokens = torch.where(within, tokens + steps, tokens)
+        query_positions = torch.where(within, starts + steps, -1)
+        real = None if int(counts.min()) == width else within
+    in_order = width == 1 and len(sizes) == 1 and len(members) == len(pieces)
+    return [
+        RowGroup(None if in_order else index, table[:, :longest], queries, mask)
+        for index, table, longest, queries, mask in zip(
+            tokens.split(sizes),
+            torch.from_numpy(tables).split(sizes),
+            np.maximum.reduceat(held, [0, *accumulate(sizes[:-1])]).tolist(),
+            query_positions.split(sizes),
+            [None] * len(sizes) if real is None else real.split(sizes),
+            strict=True,
+        )
+    ]

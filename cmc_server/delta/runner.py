@@ -29,7 +29,7 @@ from cmc_server.errors import DeltaError, one_line
 MAX_TOKENS = 1024
 #: On a CPU, bytes of keys and values that are gathered at once: more no longer fit its cache. Measured, see
 #: docs/performance.md.
-_GATHERED_BYTES = 2 << 20
+_GATHERED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ class DeltaRunner:
         groups = [group.to(self.device) for group in group_rows(pieces, offsets, blocks, self._gathered_blocks)]
         self._pool.begin(torch.tensor(slots, device=self.device), groups)
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
-        wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in set(ended)]
+        rows = set(ended)
+        wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in rows]
         return self._logits(ids, positions, torch.tensor(wanted, dtype=torch.int64, device=self.device))
 
     def _logits(self, ids: list[int], positions: list[int], wanted: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +14,7 @@ from cmc_server.delta.pieces import Piece, group_rows, split
 def groups_of(stops: Sequence[int], limit: int | None, new: int = 1) -> list[list[int]]:
     """By group, its rows: each row's first block has the row's number times 100."""
     pieces = [Piece(row, stop - new, stop) for row, stop in enumerate(stops)]
-    blocks = [[100 * row + block for block in range(-(-stop // BLOCK_SIZE))] for row, stop in enumerate(stops)]
+    blocks = [array("q", range(100 * row, 100 * row - -stop // BLOCK_SIZE)) for row, stop in enumerate(stops)]
     offsets = [row * new for row in range(len(stops))]
     groups = group_rows(pieces, offsets, blocks, limit)
     for group in groups:
