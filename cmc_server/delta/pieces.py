@@ -114,11 +114,11 @@ def _row_groups(
     return [
         RowGroup(None if in_order else index, table[:, :longest], queries, mask)
         for index, table, longest, queries, mask in zip(
-            tokens.split(sizes),
-            torch.from_numpy(tables).split(sizes),
+            tokens.split_with_sizes(sizes),
+            torch.from_numpy(tables).split_with_sizes(sizes),
             np.maximum.reduceat(held, [0, *accumulate(sizes[:-1])]).tolist(),
-            query_positions.split(sizes),
-            [None] * len(sizes) if real is None else real.split(sizes),
+            query_positions.split_with_sizes(sizes),
+            [None] * len(sizes) if real is None else real.split_with_sizes(sizes),
             strict=True,
         )
     ]
