@@ -6,7 +6,8 @@ Runs the controller as the engine would, without an engine: rows of chat length 
 random logits of the user LLM's size. The delta has 7 million random weights and the template LLM's vocabulary; with
 ``--delta`` it is another one. Prints, for each number of rows, the bound of the arithmetic alone and the milliseconds
 of each part (medians over the steps), the host's microseconds for each token, and how many delta tokens were computed
-for each output token. Host time is what is neither the model nor the rule. The last line is one JSON object.
+for each output token: over the whole response and in each quarter of it. Host time is what is neither the model nor the
+rule. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +101,36 @@ def measure(user: Path, delta: Path, num_rows: int, tokens: int, fast_paths: fro
         controller.admit(row, stream[start : start + PROMPT], [ActiveDelta(name="delta", strength=1.0)], "zero")
     logits = torch.randn(num_rows, vocabulary.size)
     pairs = [(row, row) for row in range(num_rows)]
-    steps = []
+    steps, read = [], []
     with torch.inference_mode():
         shift(pairs, logits.clone())  # the prompts
         clock.parts()
-        computed = runner.num_tokens
         for step in range(tokens):
+            before = runner.num_tokens
             for row, start in enumerate(starts):
                 advance(row, [stream[start + PROMPT + step]])
             shift(pairs, logits)
             steps.append(clock.parts())
+            read.append(runner.num_tokens - before)
     medians = {name: statistics.median(step[name] for step in steps[WARM_UP:]) for name in PARTS}
-    means = {name: statistics.fmean(step[name] for step in steps[WARM_UP:]) for name in PARTS}
-    host = 1e3 * (means["spelling"] + means["rows"] + means["rest"]) / num_rows
+    host = [1e3 * (step["spelling"] + step["rows"] + step["rest"]) / num_rows for step in steps]
+    spelling = statistics.fmean(step["spelling"] for step in steps[WARM_UP:])
     return {
         "rows": num_rows,
         "milliseconds": {name: round(value, 3) for name, value in medians.items()}
         | {"all": round(sum(medians.values()), 3)},
-        "spelling_microseconds_per_token": round(1e3 * means["spelling"] / num_rows, 1),
-        "host_microseconds_per_token": round(host, 1),
-        "delta_tokens_per_token": round((runner.num_tokens - computed) / (num_rows * tokens), 3),
+        "spelling_microseconds_per_token": round(1e3 * spelling / num_rows, 1),
+        "host_microseconds_per_token": round(statistics.fmean(host[WARM_UP:]), 1),
+        "host_microseconds_per_token_by_quarter": by_quarter(host, 1),
+        "delta_tokens_per_token": round(statistics.fmean(read) / num_rows, 3),
+        "delta_tokens_per_token_by_quarter": by_quarter([count / num_rows for count in read], 3),
     }
+
+
+def by_quarter(values: Sequence[float], digits: int) -> list[float]:
+    """Means over the first to the last quarter of the response."""
+    size = len(values) // 4
+    return [round(statistics.fmean(values[size * part : size * (part + 1)]), digits) for part in range(4)]
 
 
 def main() -> None:

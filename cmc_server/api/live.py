@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from cmc_server.api.catalog import Catalog, ServedDelta, serve
 from cmc_server.api.preflight import check_delta
 from cmc_server.api.state import LiveState, StateFile
+from cmc_server.api.words import DeltaWords, delta_words
 from cmc_server.config import DeltaSource, EngineSettings
-from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.delta.store import DeltaArtifact, one_of_each_vocabulary, open_delta
 from cmc_server.delta.turns import short_turns
 from cmc_server.errors import CapacityError, CmcError, ConfigError, DeltaError, DeltaNotFoundError
 from cmc_server.integrations.vllm_engine import ask_workers
@@ -54,7 +55,9 @@ class LiveDeltas:
         self._on_ranks = on_ranks
         self._file = StateFile(Path(settings.state_file))
         self._seen = self._file.read().count
-        self._user = load_vocabulary(tokenizer)  # now, since streams wait while a large one is read
+        # Now, since streams wait while a large one is read.
+        self._user = load_vocabulary(tokenizer)
+        self._words = _read_vocabularies(settings)
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -138,7 +141,7 @@ class LiveDeltas:
             artifact = await asyncio.to_thread(open_delta, source)
             known = self._catalog.deltas.get(name)
             if known is None or known.artifact.version != artifact.version:
-                self._catalog.put(await asyncio.to_thread(serve, artifact))
+                self._catalog.put(await asyncio.to_thread(_serve_beside, artifact))
         self._on_ranks(await self._call("cmc_status"))
         self._seen = state.count
 
@@ -188,3 +191,19 @@ class LiveDeltas:
         task = asyncio.create_task(retire())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _serve_beside(artifact: DeltaArtifact) -> ServedDelta:
+    with short_turns():
+        return serve(artifact)
+
+
+def _read_vocabularies(settings: EngineSettings) -> list[DeltaWords]:
+    """What deltas under --delta-root will need; the workers read it too, and say what cannot be used."""
+    found = []
+    for artifact in one_of_each_vocabulary(map(Path, settings.delta_roots)):
+        with suppress(CmcError):
+            words = delta_words(artifact)
+            _ = words.vocabulary  # read now
+            found.append(words)
+    return found

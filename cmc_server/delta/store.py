@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,24 @@ def content_version(folder: Path) -> str:
 def vocabulary_version(folder: Path) -> str:
     """The same over those files alone that decide how a delta's tokens are read and spelled."""
     return _digest(set(_tokenizer_files(folder)))
+
+
+def one_of_each_vocabulary(roots: Iterable[Path], most: int = 4) -> list[DeltaArtifact]:
+    """Among the folders in some roots, a delta for each different set of tokenizer files; ``most`` sets at most.
+
+    A folder that is no usable delta is passed over: whoever loads it later is told why.
+    """
+    found: dict[str, DeltaArtifact] = {}
+    for folder in (folder for root in roots if root.is_dir() for folder in sorted(root.iterdir()) if folder.is_dir()):
+        if len(found) == most:
+            break
+        try:
+            version = vocabulary_version(folder)
+            if version not in found:
+                found[version] = open_delta(DeltaSource(name=f"vocabulary-{version}", path=str(folder)))
+        except (DeltaError, OSError):
+            continue
+    return list(found.values())
 
 
 def _digest(files: set[Path]) -> str:

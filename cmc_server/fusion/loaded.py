@@ -96,6 +96,7 @@ class DeltaLoader:
         self._max_seqs = max_seqs
         self._device = device
         self._words: WeakValueDictionary[str, Words] = WeakValueDictionary()
+        self._kept: list[Words] = []
 
     def load(self, artifact: DeltaArtifact) -> LoadedDelta:
         """Map and load a delta.
@@ -125,6 +126,15 @@ class DeltaLoader:
             encoder=PromptEncoder(words.tokenizer, artifact.manifest),
             delta_ids=map_tensor(vocab_map, runner.vocab_size, self._device),
         )
+
+    def keep_words(self, artifact: DeltaArtifact) -> None:
+        """Make what deltas of its vocabulary have in common, and keep it: reading it later would halt a step.
+
+        Raises:
+            DeltaError: its tokenizer cannot be used.
+            MapError: the map cannot be built.
+        """
+        self._kept.append(self._words_of(artifact))
 
     def _words_of(self, artifact: DeltaArtifact) -> Words:
         # The size of the logits is checked against the tokenizer when that is loaded, so it belongs to the key.

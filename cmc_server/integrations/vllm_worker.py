@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.capacity import memory_needed, plan_seqs
-from cmc_server.delta.store import open_delta
+from cmc_server.delta.store import one_of_each_vocabulary, open_delta
 from cmc_server.errors import CmcError, ConfigError
 from cmc_server.fusion.beside import Beside, spare_cores
 from cmc_server.fusion.controller import DeltaController
@@ -109,6 +110,7 @@ def _load_deltas(deltas: WorkerDeltas, settings: EngineSettings, vllm_config: Vl
         deltas.load(loaded)
         logger.info("Delta %s (version %s) is ready.", loaded.name, loaded.artifact.version)
     if settings.live:
+        _read_vocabularies(loader, settings)
         deltas.shelf = Shelf(
             deltas,
             loader.load,
@@ -117,6 +119,15 @@ def _load_deltas(deltas: WorkerDeltas, settings: EngineSettings, vllm_config: Vl
             Beside(_spare_cores() or frozenset(os.sched_getaffinity(0))),
             device,
         )
+
+
+def _read_vocabularies(loader: DeltaLoader, settings: EngineSettings) -> None:
+    """Read now what deltas under --delta-root will need, since running answers would wait for it later."""
+    for artifact in one_of_each_vocabulary(map(Path, settings.delta_roots)):
+        try:
+            loader.keep_words(artifact)
+        except CmcError as error:
+            logger.warning("The vocabulary of %s cannot be used: %s", artifact.path, error)
 
 
 def _beside(settings: EngineSettings) -> Beside | None:

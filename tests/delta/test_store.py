@@ -11,7 +11,7 @@ from bench import import_benchmark
 from steered import Steered
 
 from cmc_server.config import DeltaSource
-from cmc_server.delta.store import DeltaArtifact, content_version, open_delta
+from cmc_server.delta.store import DeltaArtifact, content_version, one_of_each_vocabulary, open_delta
 from cmc_server.errors import ConfigError, DeltaError, DeltaNotFoundError, UserError
 
 
@@ -148,3 +148,13 @@ def test_links_are_followed_within_the_allowed_folders_only(folder: Path, tmp_pa
     (folder / "cmc_delta.json").symlink_to(secret)
     with pytest.raises(DeltaError, match="link that leads outside"):
         opened(folder, roots=[tmp_path])
+
+
+def test_one_delta_of_each_vocabulary(steered: Steered, tmp_path: Path) -> None:
+    for name, source in (("a", "words"), ("b", "words"), ("c", "other"), ("d", "other")):
+        shutil.copytree(steered.deltas[source], tmp_path / name)
+    (tmp_path / "c" / "config.json").unlink()
+    (tmp_path / "a file").touch()
+    found = one_of_each_vocabulary([tmp_path, tmp_path / "missing"])
+    assert [artifact.path.name for artifact in found] == ["a", "d"]
+    assert [artifact.path.name for artifact in one_of_each_vocabulary([tmp_path], most=1)] == ["a"]

@@ -37,6 +37,16 @@ def test_words_of_a_worker(tmp_path: Path) -> None:
     assert len(loader._words) == 1
 
 
+def test_words_are_kept_where_asked(tmp_path: Path) -> None:
+    first, second, third = artifacts(tmp_path)
+    settings = EngineSettings(cache_dir=str(tmp_path), min_coverage=0)
+    loader = DeltaLoader(load_vocabulary(str(first.path)), settings, max_seqs=2, device=torch.device("cpu"))
+    loader.keep_words(first)
+    gc.collect()
+    (kept,) = loader._words.values()
+    assert loader.load(second).words is kept is not loader.load(third).words
+
+
 def test_words_of_an_api_process(tmp_path: Path) -> None:
     first, second, third = artifacts(tmp_path)
     one, two, three = delta_words(first), delta_words(second), delta_words(third)
