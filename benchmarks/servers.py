@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(command: Sequence[str], user: Path, extra: Sequence[str], log: Path) -> Iterator[str]:
+def server(command: Sequence[str], user: Path, extra: Sequence[str], log: Path, poll: float = 1.0) -> Iterator[str]:
     """A running server of one LLM, named ``user``; its base URL.
 
     Args:
@@ -43,6 +43,7 @@ def server(command: Sequence[str], user: Path, extra: Sequence[str], log: Path) 
         user: the LLM's folder.
         extra: more arguments.
         log: file for what it prints.
+        poll: seconds between two looks whether it is up.
     """
     port = free_port()
     words = [*command, str(user), "--port", str(port), "--served-model-name", "user"]
@@ -51,14 +52,14 @@ def server(command: Sequence[str], user: Path, extra: Sequence[str], log: Path) 
         process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(int(600 / poll)):
             if process.poll() is not None:
                 raise SystemExit(f"the server ended while it started:\n{log.read_text()[-2000:]}")
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=2)
                 break
             except OSError:
-                time.sleep(1)
+                time.sleep(poll)
         yield url
     finally:
         process.terminate()
