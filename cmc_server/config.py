@@ -15,10 +15,11 @@ from cmc_server.errors import ConfigError
 ADDITIONAL_CONFIG_KEY = "cmc_server"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Unmapped = Literal["zero", "preserve"]
-FastPath = Literal["head", "layers", "overlap", "rule", "sharing", "spelling"]
+FastPath = Literal["graphs", "head", "layers", "overlap", "rule", "sharing", "spelling"]
 #: Each has a slow, obvious equal that runs when it is switched off.
-#: head: packed output heads (CPU). layers: Llamas in few operations. overlap: deltas beside the user LLM. rule: without
-#: copies of the logits. sharing: equal beginnings computed once. spelling: only what is new.
+#: graphs: recorded decoding steps (GPU; needs layers). head: packed output heads (CPU). layers: Llamas in few
+#: operations. overlap: deltas beside the user LLM. rule: without copies of the logits. sharing: equal beginnings
+#: computed once. spelling: only what is new.
 FAST_PATHS: frozenset[FastPath] = frozenset(get_args(FastPath))
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cmc_server.delta.attention import RowGroup
 from cmc_server.delta.capacity import BLOCK_SIZE
@@ -84,6 +85,18 @@ def _num_blocks(piece: Piece) -> int:
     return -(-piece.stop // BLOCK_SIZE)
 
 
+def block_tables(blocks: Sequence[array[int]], held: Sequence[int], width: int) -> NDArray[np.int64]:
+    """[R, width]: each row's first ``held`` blocks, padded by its first one.
+
+    Blocks that pad a row lie behind its last position, so that no query sees them.
+    """
+    tables = np.empty((len(blocks), width), dtype=np.int64)
+    for table, own, count in zip(tables, blocks, held, strict=True):
+        table[:count] = own[:count]
+        table[count:] = own[0]
+    return tables
+
+
 def _row_groups(
     pieces: Sequence[Piece],
     offsets: Sequence[int],
@@ -95,12 +108,7 @@ def _row_groups(
     stops = np.array([pieces[index].stop for index in members])
     counts = stops - np.array([pieces[index].start for index in members])
     held = -(-stops // BLOCK_SIZE)
-    tables = np.empty((len(members), int(held.max())), dtype=np.int64)
-    for table, index in zip(tables, members, strict=True):
-        own = blocks[index][: len(table)]
-        table[: len(own)] = own
-        # Blocks that pad a row lie behind its last position, so that no query sees them.
-        table[len(own) :] = own[0]
+    tables = block_tables([blocks[index] for index in members], held.tolist(), int(held.max()))
     starts = torch.from_numpy(stops - counts).unsqueeze(1)
     tokens = torch.tensor([offsets[index] for index in members]).unsqueeze(1)
     query_positions, real = starts, None

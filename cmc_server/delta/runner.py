@@ -6,6 +6,7 @@ The slow reference with the same meaning is a plain forward pass over each whole
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,15 @@ from cmc_server.config import FAST_PATHS, FastPath
 from cmc_server.delta.attention import IMPLEMENTATION, KeyValuePool
 from cmc_server.delta.blocks import BlockPool, CachedSequence
 from cmc_server.delta.capacity import BLOCK_SIZE, DEFAULT_CONTEXT, cache_shape, num_blocks
+from cmc_server.delta.graphs import Recorder, StepGraphs, cuda_recorder
 from cmc_server.delta.head import pack_head
 from cmc_server.delta.llama import FastLlama
 from cmc_server.delta.packed import is_packed, load_packed
 from cmc_server.delta.pieces import Piece, group_rows, split
 from cmc_server.delta.store import DeltaArtifact
 from cmc_server.errors import DeltaError, one_line
+
+logger = logging.getLogger(__name__)
 
 #: Tokens per forward pass; a longer prefill runs in pieces, which bounds the workspace.
 MAX_TOKENS = 1024
@@ -57,7 +61,7 @@ class DeltaRunner:
         max_seqs: how many sequences may be cached at once, each up to the full context.
         device: where the model lives.
         dtype: float32 or bfloat16.
-        fast_paths: of these, ``head``, ``layers`` and ``sharing`` are the runner's.
+        fast_paths: of these, ``graphs``, ``head``, ``layers`` and ``sharing`` are the runner's.
 
     Raises:
         DeltaError: the weights do not fit the config, or the architecture's attention is not standard.
@@ -91,7 +95,9 @@ class DeltaRunner:
         self._can_select = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.blocks = BlockPool(num_blocks(self.context_length, max_seqs), BLOCK_SIZE)
         layers, heads, head_size = cache_shape(self._model.config)
-        self._pool = KeyValuePool(layers, self.blocks.num_blocks, BLOCK_SIZE, heads, head_size, dtype, device)
+        record = recorder_for(device) if "graphs" in fast_paths and self._fast is not None else None
+        spare = 0 if record is None else 1
+        self._pool = KeyValuePool(layers, self.blocks.num_blocks + spare, BLOCK_SIZE, heads, head_size, dtype, device)
         self._pool.attach(self._model)
         block_bytes = self._pool.cached[0, 0].nbytes
         self._gathered_blocks = max(1, _GATHERED_BYTES // block_bytes) if device.type == "cpu" else None
@@ -99,6 +105,7 @@ class DeltaRunner:
         self.memory_bytes = weights + int(self._pool.cached.nbytes)
         #: Tokens that went through the model since it was loaded.
         self.num_tokens = 0
+        self._graphs = None if record is None else self._record(record)
         self._check_attention(expected)
 
     def new_sequence(self) -> CachedSequence:
@@ -170,6 +177,10 @@ class DeltaRunner:
             positions.extend(range(piece.start, piece.stop))
             slots.extend(feed.sequence.slots(piece.start, piece.stop))
         blocks = [feeds[piece.row].sequence.blocks for piece in pieces]
+        if self._graphs is not None and len(ids) == len(pieces) == len(ended):
+            logits = self._graphs.run(ids, positions, slots, blocks)
+            if logits is not None:
+                return logits
         groups = [group.to(self.device) for group in group_rows(pieces, offsets, blocks, self._gathered_blocks)]
         self._pool.begin(torch.tensor(slots, device=self.device), groups)
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
@@ -190,6 +201,15 @@ class DeltaRunner:
         ).logits[0]
         return (logits if self._can_select else logits[wanted]).float()
 
+    def _record(self, record: Recorder) -> StepGraphs | None:
+        assert self._fast is not None, "only its steps are recorded"
+        max_blocks = -(-self.context_length // BLOCK_SIZE)
+        try:
+            return StepGraphs(self._fast, self._pool, self.vocab_size, self.max_seqs, max_blocks, record)
+        except RuntimeError as error:
+            logger.warning("The delta %s runs without CUDA graphs: %s", self.artifact.name, one_line(error))
+            return None
+
     def _probe(self) -> list[int]:
         """A short input."""
         return [(7 * position + 1) % self.artifact.vocab_size for position in range(min(12, self.context_length))]
@@ -205,13 +225,14 @@ class DeltaRunner:
         return logits
 
     def _check_attention(self, expected: Tensor) -> None:
-        """Compare with the model's own attention on the probe, fed in three steps and rolled back once."""
+        """Compare with the model's own attention on the probe, fed in four steps and rolled back once."""
         ids = self._probe()
         sequence = self.new_sequence()
         try:
             self.forward([Feed(sequence, ids[:5], 0)])
             self.forward([Feed(sequence, ids[:7], 3)])
-            actual = self.forward([Feed(sequence, ids, 7)])[0]
+            self.forward([Feed(sequence, ids[:-1], 7)])
+            actual = self.forward([Feed(sequence, ids, len(ids) - 1)])[0]
         except (NotImplementedError, TypeError, AttributeError, RuntimeError, IndexError) as error:
             raise DeltaError(f"The delta {self.artifact.name!r} has no standard attention: {error}.") from error
         finally:
@@ -223,6 +244,11 @@ class DeltaRunner:
                 f"The delta {self.artifact.name!r} has no standard attention: its logits through the cache differ "
                 f"by {(actual - expected).abs().max():.2g} from the model's own."
             )
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """How decoding steps are recorded; None where that gains nothing."""
+    return cuda_recorder() if device.type == "cuda" else None
 
 
 def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,77 @@ def test_a_long_prompt_is_read_in_pieces(artifact: DeltaArtifact, monkeypatch: p
     monkeypatch.setattr("cmc_server.delta.runner.MAX_TOKENS", 16)
     assert MAX_TOKENS > 16
     grow_and_roll_back(DeltaRunner(artifact, max_seqs=4, device=CPU), artifact, steps=8, tolerance=1e-4)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps are recorded as they are on a GPU, but for the graph: to replay a step is to call it again."""
+    replayed: list[int] = []
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        step()
+
+        def replay() -> None:
+            replayed.append(1)
+            step()
+
+        return replay
+
+    monkeypatch.setattr("cmc_server.delta.runner.recorder_for", lambda device: record)
+    return replayed
+
+
+def test_recorded_steps(artifact: DeltaArtifact, recorded: list[int]) -> None:
+    runner = DeltaRunner(artifact, max_seqs=4, device=CPU)
+    assert recorded == [1], "the runner's own check ends with a step that is recorded"
+    grow_and_roll_back(runner, artifact, steps=30, tolerance=1e-4)
+    sequences = [runner.new_sequence() for _ in range(3)]
+    inputs = [[(5 * row + position) % 90 for position in range(start)] for row, start in enumerate((3, 33, 95))]
+    runner.forward([Feed(sequence, ids, 0) for sequence, ids in zip(sequences, inputs, strict=True)])
+    recorded.clear()
+    for step in range(40):
+        for ids in inputs:
+            ids.append((7 * step + len(ids)) % 90)
+        rows = [0, 1, 2] if step % 3 else [2, 0]
+        feeds = [Feed(sequences[row], inputs[row], sequences[row].length) for row in rows]
+        torch.testing.assert_close(
+            runner.forward(feeds), expected(artifact, [inputs[row] for row in rows]), atol=1e-4, rtol=1e-4
+        )
+    assert 20 < len(recorded) < 40
+
+
+def test_steps_too_large_to_be_recorded(
+    artifact: DeltaArtifact, recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = DeltaRunner(artifact, max_seqs=1, device=CPU)._pool.cached[0, 0].nbytes
+    monkeypatch.setattr("cmc_server.delta.graphs._MOST_BYTES", 3 * block_bytes)
+    monkeypatch.setattr("cmc_server.delta.graphs._MOST_ROWS", 3)
+    recorded.clear()
+    runner = DeltaRunner(artifact, max_seqs=4, device=CPU)
+    grow_and_roll_back(runner, artifact, steps=20, tolerance=1e-4)
+    sequences = [runner.new_sequence() for _ in range(4)]
+    recorded.clear()
+    for num_rows, length, is_recorded in ((1, 20, True), (3, 20, True), (4, 20, False), (1, 70, False), (2, 33, False)):
+        feeds = [Feed(sequences[row], [7 + row] * length, 0) for row in range(num_rows)]
+        runner.forward(feeds)
+        longer = [Feed(sequences[row], [7 + row] * (length + 1), length) for row in range(num_rows)]
+        logits = runner.forward(longer)
+        torch.testing.assert_close(logits, expected(artifact, [feed.ids for feed in longer]), atol=1e-4, rtol=1e-4)  # type: ignore[misc]
+        assert bool(recorded) == is_recorded
+        recorded.clear()
+
+
+def test_a_step_that_cannot_be_recorded(
+    artifact: DeltaArtifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr("cmc_server.delta.runner.recorder_for", lambda device: record)
+    runner = DeltaRunner(artifact, max_seqs=4, device=CPU)
+    assert "runs without CUDA graphs: operation not permitted" in caplog.text
+    grow_and_roll_back(runner, artifact, steps=5, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
