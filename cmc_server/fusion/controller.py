@@ -30,8 +30,8 @@ from cmc_server.fusion.beside import Beside
 from cmc_server.fusion.counts import DeltaCounts, Pass, TopWatch
 from cmc_server.fusion.exchange import Exchange, anywhere
 from cmc_server.fusion.loaded import LoadedDelta
-from cmc_server.fusion.rule import Shift, fuse_, fuse_by_copy_
-from cmc_server.fusion.streams import Ahead, Output, Request, Row, Steering, Stream, same_deltas
+from cmc_server.fusion.rule import fuse_, fuse_by_copy_
+from cmc_server.fusion.streams import Ahead, Output, Request, Row, Steering, Stream, same_deltas, spread_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class DeltaController:
         fast_paths: Collection[FastPath] = FAST_PATHS,
     ) -> None:
         self._apply_rule = fuse_ if "rule" in fast_paths else fuse_by_copy_
+        self._spread = spread_outputs if "rule" in fast_paths else (lambda outputs, _: outputs)
         self._overlaps = "overlap" in fast_paths
         self._side_stream: torch.cuda.Stream | None = None
         self._input = DeltaInput if "spelling" in fast_paths else WholeDeltaInput
@@ -184,7 +185,8 @@ class DeltaController:
         self._finish_ahead()
         requests = self._running(slots)
         if requests:
-            self._ahead = Ahead(list(slots), self._beside.start(lambda: self._run_deltas(requests, device)))
+            outputs = self._beside.start(lambda: self._spread(self._run_deltas(requests, device), requests))
+            self._ahead = Ahead(list(slots), outputs)
 
     def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> Tensor:
         """Apply the rule in place.
@@ -232,10 +234,8 @@ class DeltaController:
     def _take_ahead(self, slots: list[int]) -> dict[LoadedDelta, Output] | None:
         """What was begun for just these slots; their requests are still the same, see :meth:`_finish_ahead`."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return None
-        outputs = ahead.outputs.result()
-        return outputs if ahead.slots == slots else None
+        outputs = None if ahead is None else ahead.outputs.result()
+        return None if ahead is None or ahead.slots != slots else outputs
 
     def _finish_ahead(self) -> None:
         """Wait for what was begun, and drop it: its inputs are about to change."""
@@ -248,8 +248,7 @@ class DeltaController:
         shifts = []
         for position, stream in enumerate(first.streams):
             streams = [request.streams[position] for _, request in members]
-            strengths = torch.tensor([one.strength for one in streams], device=logits.device)
-            shifts.append(Shift(outputs[stream.delta].of(streams), stream.delta.delta_ids, strengths))
+            shifts.append(outputs[stream.delta].shift(streams, stream.delta.delta_ids, first.unmapped))
         self._apply_rule(logits, index, shifts, first.unmapped)
         if self._reserved is not None:
             logits[index, self._reserved] = -torch.inf

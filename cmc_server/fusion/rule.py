@@ -89,6 +89,28 @@ def fuse_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmap
     return logits
 
 
+def spread_rows(delta_logits: Tensor, delta_ids: Tensor) -> Tensor:
+    """The map applied alone: s of the rule, on a CPU.
+
+    Adding what it returns as a :class:`Shift` whose map is the identity is the rule with ``unmapped="zero"``.
+
+    Args:
+        delta_logits: [R, D] float32.
+        delta_ids: [U'] int64; -1 is unmapped.
+
+    Returns:
+        [R, U'] float32, 0 for unmapped tokens.
+    """
+    rows, size = delta_logits.shape
+    extended = delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
+    index = torch.where(delta_ids < 0, size, delta_ids)
+    spread = delta_logits.new_empty(rows, index.numel())
+    for row, target in zip(delta_logits, spread, strict=True):
+        extended[:size].copy_(row)
+        torch.index_select(extended, 0, index, out=target)
+    return spread
+
+
 def fuse_by_copy_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmapped: Unmapped = "zero") -> Tensor:
     """:func:`fuse_` as :func:`fuse` itself does it: a copy of the rows, and another of what is added."""
     return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))

@@ -15,6 +15,7 @@ from cmc_server.delta.blocks import CachedSequence
 from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput, window_drop
 from cmc_server.fusion.counts import DeltaCounts
 from cmc_server.fusion.loaded import LoadedDelta
+from cmc_server.fusion.rule import Shift, spread_rows
 
 
 class Steering(Protocol):
@@ -111,19 +112,47 @@ class Request:
         self.is_counted = True
 
 
+#: Bytes that one delta's logits may take when they are spread over the user LLM's vocabulary ahead of time.
+_SPREAD_BYTES = 128 << 20
+
+
 @dataclass(frozen=True)
 class Output:
-    """Logits of one delta, [n, D] float32, and the row of each stream by its identity."""
+    """What one delta says.
+
+    Args:
+        logits: [n, D] float32.
+        rows: the row of each stream by its identity.
+        spread: [n, U'] float32, the same through the map, 0 where that ends; None where it was not made ahead of time.
+    """
 
     logits: Tensor
     rows: Mapping[int, int]
+    spread: Tensor | None = None
 
-    def of(self, streams: Sequence[Stream]) -> Tensor:
-        """The rows of some streams in their order; no copy where these are all rows."""
+    def spread_by(self, delta_ids: Tensor | None) -> Output:
+        """With the map applied, which is most of the rule's work, if that is worth while."""
+        if delta_ids is None or 4 * len(self.rows) * delta_ids.numel() > _SPREAD_BYTES:
+            return self
+        try:
+            return Output(self.logits, self.rows, spread_rows(self.logits, delta_ids))
+        except Exception:  # whatever it is, the rule meets it again, where it ends the request and not the engine
+            return self
+
+    def shift(self, streams: Sequence[Stream], delta_ids: Tensor | None, unmapped: Unmapped) -> Shift:
+        """What it contributes to the rows of some streams, in their order."""
+        strengths = torch.tensor([stream.strength for stream in streams], device=self.logits.device)
         rows = [self.rows[id(stream)] for stream in streams]
-        if rows == list(range(self.logits.shape[0])):
-            return self.logits
-        return self.logits.index_select(0, torch.tensor(rows, device=self.logits.device))
+        if self.spread is not None and unmapped == "zero":
+            return Shift(_select(self.spread, rows), None, strengths)
+        return Shift(_select(self.logits, rows), delta_ids, strengths)
+
+
+def spread_outputs(outputs: dict[LoadedDelta, Output], requests: Sequence[Request]) -> dict[LoadedDelta, Output]:
+    """With the maps applied, as far as that is the rule of one of the requests: what is left of it is to add."""
+    if all(request.unmapped == "preserve" for request in requests):
+        return outputs
+    return {delta: output.spread_by(delta.delta_ids) for delta, output in outputs.items()}
 
 
 @dataclass(frozen=True)
@@ -148,3 +177,10 @@ def same_deltas(
             key = (request.unmapped, *(stream.delta for stream in request.streams))
             groups.setdefault(key, []).append((row, request))
     return groups
+
+
+def _select(logits: Tensor, rows: list[int]) -> Tensor:
+    """Some rows; no copy where these are all."""
+    if rows == list(range(logits.shape[0])):
+        return logits
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))

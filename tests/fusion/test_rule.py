@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cmc_server.config import Unmapped
 from cmc_server.fusion.loaded import map_tensor
-from cmc_server.fusion.rule import Shift, fuse, fuse_
+from cmc_server.fusion.rule import Shift, fuse, fuse_, spread_rows
 from cmc_server.vocab.pm_mined import MatchKind
 from cmc_server.vocab.vocab_map import VocabularyMap
 
@@ -55,6 +55,16 @@ def test_in_place_equals_the_definition(unmapped: Unmapped, seed: int, rows: int
     torch.testing.assert_close(after[where], fuse(logits, shifts, unmapped), atol=1e-5, rtol=1e-5)
     others = [row for row in range(rows + 3) if row not in where.tolist()]
     assert torch.equal(after[others], before[others])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), columns=st.integers(4, 30))
+def test_the_map_may_be_applied_before(seed: int, rows: int, columns: int) -> None:
+    logits, (shift, other) = make(seed, rows, columns, 2)
+    assert shift.delta_ids is not None
+    spread = Shift(spread_rows(shift.delta_logits, shift.delta_ids), None, shift.strength)
+    after = fuse_(logits.clone(), torch.arange(rows), [spread, other])
+    torch.testing.assert_close(after, fuse(logits, [shift, other]), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
