@@ -72,5 +72,5 @@ def test_both_ranks_load_and_unload_a_delta(server: RunningServer, late: Path) -
     assert steered not in (base, concise) and text_of(complete(server, "late@4")) == steered
     assert server.http.get("/ready").status_code == 200
     assert server.http.delete("/v1/deltas/late", headers=ADMIN).status_code == 200
-    assert complete(server, "late@4").status_code == 404
+    assert complete(server, "late@4").status_code == 400
     assert [text_of(complete(server, model)) for model in ("gemma", "concise@1")] == [base, concise]
