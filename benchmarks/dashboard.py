@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, required=True, help="PNG file to write")
     options = parser.parse_args()
     options.deltas = [folder.resolve() for folder in options.deltas]
-    options.seed, options.tokens, options.sample = 1, 48, 1
+    options.seed, options.tokens, options.sample, options.warm_up = 1, 48, 1, float("inf")
     os.environ["CMC_SERVER_ADMIN_KEY"] = ADMIN_KEY
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]

@@ -6,7 +6,8 @@ The clients ask the base model and deltas, whole and streamed, go away in the mi
 delta names are loaded, replaced by other folders and unloaded every few seconds. Afterwards:
 
 - every request that was answered with 500 or more is sent to plain vLLM, without its deltas, and must fail there too;
-- memory of the server's processes, proportional set size: the last tenth against the first after the warm-up;
+- memory of the server's processes that no file backs: the last tenth of the time against the first after the warm-up,
+  which begins with prompts of many lengths, since vLLM's CPU layers remember each;
 - a sample of the finished greedy answers, base and steered, is read by the oracle: at every step the token that was
   emitted is the best one or within 1e-3 of it.
 
@@ -38,6 +39,7 @@ TOLERANCE = 1e-3
 MAX_GROWTH = 0.05
 ENGINE = ["--enforce-eager", "--dtype", "float32", "--generation-config", "vllm", "--max-model-len", "512"]
 _SAMPLE_SECONDS = 2.0
+_SHAPES = 140
 
 
 async def soak(url: str, options: argparse.Namespace) -> tuple[Seen, list[tuple[float, int]]]:
@@ -46,6 +48,8 @@ async def soak(url: str, options: argparse.Namespace) -> tuple[Seen, list[tuple[
     limits = httpx.Limits(max_connections=None)
     memory: list[tuple[float, int]] = []
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+        if options.minutes > options.warm_up:  # memory will be judged
+            await visit_shapes(http)
         clients = [
             Client(http, seen, NAMES, 1000 * options.seed + place, options.tokens, options.sample)
             for place in range(options.clients)
@@ -71,14 +75,27 @@ async def soak(url: str, options: argparse.Namespace) -> tuple[Seen, list[tuple[
 
 
 def memory_of_children() -> int:
-    """Proportional set size of the server and all its processes."""
+    """Bytes of the server and all its processes that are backed by no file; what is shared counts once."""
     total = 0
     for process in psutil.Process().children(recursive=True):
         try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it is gone
             continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total
+
+
+async def visit_shapes(http: httpx.AsyncClient) -> None:
+    """Prompts of as many lengths as vLLM's CPU linear layers remember, one after the other.
+
+    For each weight it keeps a oneDNN primitive for each of the last 128 numbers of tokens that a step had
+    (``primitive_cache_size`` in its ``_custom_ops.py``). Until these are full, memory grows with every new length,
+    under plain vLLM as well.
+    """
+    for length in range(2, 2 + 3 * _SHAPES, 3):
+        body = {"model": USER, "prompt": [100 + length % 1000] * length, "max_tokens": 1}
+        (await http.post("/v1/completions", json=body)).raise_for_status()
 
 
 def growth(memory: Sequence[tuple[float, int]], warm_up: float) -> float | None:
