@@ -5,7 +5,7 @@
 Kinds: ``plain`` (vLLM), ``base`` (ours without deltas), ``one`` (a delta of 7 million random weights) and ``three``;
 with ``--template`` the deltas have that LLM's vocabulary. Maps come from a cache of their own: the first start of
 ``one``, shown as ``first``, makes the map, later ones find it there. Every round starts each kind once, in a new order,
-one after the other. Prints medians and the ratios to plain vLLM and, as its last line, one JSON object.
+one after the other. Prints medians and the seconds more than plain vLLM and, as its last line, one JSON object.
 """
 
 from __future__ import annotations

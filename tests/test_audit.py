@@ -22,8 +22,9 @@ def test_no_known_vulnerability(name: str) -> None:
         text=True,
         check=False,
     )
-    if not done.stdout:
+    if not done.stdout and "onnection" in done.stderr:
         pytest.skip(f"the advisories cannot be reached: {done.stderr.strip()[-300:]}")
+    assert done.stdout, done.stderr
     packages = json.loads(done.stdout)["dependencies"]
     # Without its database the tool calls every package unknown, and says that nothing was found.
     if all(NOT_FOUND in package.get("skip_reason", "") for package in packages):

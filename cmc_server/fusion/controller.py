@@ -234,8 +234,7 @@ class DeltaController:
     def _take_ahead(self, slots: list[int]) -> dict[LoadedDelta, Output] | None:
         """What was begun for just these slots; their requests are still the same, see :meth:`_finish_ahead`."""
         ahead, self._ahead = self._ahead, None
-        outputs = None if ahead is None else ahead.outputs.result()
-        return None if ahead is None or ahead.slots != slots else outputs
+        return None if ahead is None else ahead.wait_for(slots)
 
     def _finish_ahead(self) -> None:
         """Wait for what was begun, and drop it: its inputs are about to change."""

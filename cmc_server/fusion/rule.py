@@ -102,8 +102,8 @@ def spread_rows(delta_logits: Tensor, delta_ids: Tensor) -> Tensor:
         [R, U'] float32, 0 for unmapped tokens.
     """
     rows, size = delta_logits.shape
-    extended = delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
-    index = torch.where(delta_ids < 0, size, delta_ids)
+    extended = delta_logits.new_zeros(size + 1)  # see _extended_ids
+    index = _extended_ids(delta_ids, size)
     spread = delta_logits.new_empty(rows, index.numel())
     for row, target in zip(delta_logits, spread, strict=True):
         extended[:size].copy_(row)
@@ -167,10 +167,9 @@ class _RowAdder:
         self._index: Tensor | None = None
         self._width = min(size, num_columns)
         if shift.delta_ids is not None:
-            self._scaled = self._delta_logits.new_zeros(size + 1)  # the last one stands for "unmapped"
+            self._scaled = self._delta_logits.new_zeros(size + 1)  # see _extended_ids
             self._width = min(shift.delta_ids.numel(), num_columns)
-            delta_ids = shift.delta_ids[: self._width]
-            self._index = torch.where(delta_ids < 0, size, delta_ids)
+            self._index = _extended_ids(shift.delta_ids[: self._width], size)
             self._gathered = self._delta_logits.new_empty(self._width)
 
     def mark(self, mapped: Tensor) -> None:
@@ -195,10 +194,14 @@ def _scaled(shift: Shift) -> Tensor:
     if shift.delta_ids is None:
         return delta_logits * _column(shift.strength)
     rows, size = delta_logits.shape
-    # One more column, of zeros, stands for "unmapped", so that the gather needs no mask.
     extended = delta_logits.new_zeros(rows, size + 1)
     torch.mul(delta_logits, _column(shift.strength), out=extended[:, :size])
-    return extended.index_select(1, torch.where(shift.delta_ids < 0, size, shift.delta_ids))
+    return extended.index_select(1, _extended_ids(shift.delta_ids, size))
+
+
+def _extended_ids(delta_ids: Tensor, size: int) -> Tensor:
+    """The map into logits with one more column: of zeros, for what is unmapped, so that a gather needs no mask."""
+    return torch.where(delta_ids < 0, size, delta_ids)
 
 
 def _correction(base: Tensor, fused: Tensor, mapped: Tensor) -> Tensor:

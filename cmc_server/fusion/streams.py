@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput, window_drop
 from cmc_server.fusion.counts import DeltaCounts
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.rule import Shift, spread_rows
+
+logger = logging.getLogger(__name__)
 
 
 class Steering(Protocol):
@@ -136,7 +139,8 @@ class Output:
             return self
         try:
             return Output(self.logits, self.rows, spread_rows(self.logits, delta_ids))
-        except Exception:  # whatever it is, the rule meets it again, where it ends the request and not the engine
+        except Exception as error:  # what is wrong with the map, the rule meets again, and ends the request there
+            logger.warning("The map could not be applied ahead of time, which is slower: %r", error)
             return self
 
     def shift(self, streams: Sequence[Stream], delta_ids: Tensor | None, unmapped: Unmapped) -> Shift:
@@ -161,6 +165,11 @@ class Ahead:
 
     slots: list[int]
     outputs: Future[dict[LoadedDelta, Output]]
+
+    def wait_for(self, slots: list[int]) -> dict[LoadedDelta, Output] | None:
+        """What was begun, when it has ended; None if it was begun for other slots."""
+        outputs = self.outputs.result()
+        return outputs if self.slots == slots else None
 
 
 #: A row of the logits and the request that it belongs to.
