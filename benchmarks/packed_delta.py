@@ -74,10 +74,13 @@ def make_variants(behaviour: str, work: Path) -> dict[str, Path]:
     artifact = open_delta(DeltaSource(name=behaviour, path=str(whole)))
     encoder = PromptEncoder(artifact.tokenizer(), artifact.manifest)
     texts = work / "texts.jsonl"
+    pairs = [(encoder.render(chat[:-1]), chat[-1]["content"]) for chat in training_chats(behaviour)]
+    longest = artifact.context_length or 0
     texts.write_text(
         "".join(
-            json.dumps({"prompt": encoder.render(chat[:-1]), "response": chat[-1]["content"]}) + "\n"
-            for chat in training_chats(behaviour)
+            json.dumps({"prompt": prompt, "response": response}) + "\n"
+            for prompt, response in pairs
+            if len(encoder.encode(prompt)) < longest  # else nothing of the answer would be left
         )
     )
     folders = {"whole": whole}

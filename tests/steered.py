@@ -31,11 +31,11 @@ class Steered:
         return load_vocabulary(str(self.user))
 
     def load(  # type: ignore[no-untyped-def]
-        self, name: str, max_seqs: int = 8, fast_paths: frozenset[FastPath] = FAST_PATHS
+        self, name: str, max_seqs: int = 8, fast_paths: frozenset[FastPath] = FAST_PATHS, device: torch.device = CPU
     ):
         source = DeltaSource(name=name, path=str(self.deltas[name]))
         settings = SETTINGS.model_copy(update={"fast_paths": fast_paths})
-        return load_delta(source, self.vocabulary, settings, max_seqs=max_seqs, device=CPU)
+        return load_delta(source, self.vocabulary, settings, max_seqs=max_seqs, device=device)
 
 
 def make_steered(folder: Path, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> Steered:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "api": {"errors", "config", "vocab", "delta", "integrations"},
 }
 LAZY = {"cli", "__main__", "demo"}
-DELTA_WITH_TORCH = {"attention", "graphs", "head", "llama", "packed", "pieces", "runner"}
+DELTA_WITH_TORCH = {"attention", "graphs", "head", "llama", "packed", "pieces", "runner", "transfer"}
 ONLY_IN = {"vllm": {"integrations", "api"}, "fastapi": {"api"}}
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from cmc_server.delta.transfer import on_device
+
 IMPLEMENTATION = "cmc_paged"
 
 
@@ -42,9 +44,9 @@ class RowGroup:
 
     def to(self, device: torch.device) -> RowGroup:
         """The same group on a device."""
-        index = None if self.token_index is None else self.token_index.to(device)
-        mask = None if self.query_mask is None else self.query_mask.to(device)
-        return RowGroup(index, self.blocks.to(device), self.query_positions.to(device), mask)
+        index = None if self.token_index is None else on_device(self.token_index, device)
+        mask = None if self.query_mask is None else on_device(self.query_mask, device)
+        return RowGroup(index, on_device(self.blocks, device), on_device(self.query_positions, device), mask)
 
 
 class KeyValuePool:
@@ -92,7 +94,7 @@ class KeyValuePool:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks before they are written to: what they held may not have been finite."""
         if blocks:
-            self.cached[:, torch.tensor(blocks, device=self.cached.device)] = 0.0
+            self.cached.index_fill_(1, on_device(blocks, self.cached.device), 0.0)
 
     def visible(self, sliding_window: int | None) -> list[Tensor]:
         """What each group's queries see, see :func:`_visible`; made once for all layers of one kind."""
@@ -166,6 +168,7 @@ def attend(
     Returns:
         [T, H, E].
     """
+    num_tokens = queries.shape[0]
     cache = pool.cached[layer]
     cache.flatten(0, 1).index_copy_(0, pool.slots, new.to(cache.dtype))
     output: Tensor | None = None
@@ -179,13 +182,12 @@ def attend(
         if index is None:
             return attended.squeeze(1)
         if output is None:
-            output = torch.empty_like(queries)
-        if group.query_mask is None:
-            output[index.flatten()] = attended.flatten(0, 1)
-        else:
-            output[index[group.query_mask]] = attended[group.query_mask]
+            output = queries.new_empty(num_tokens + 1, *queries.shape[1:])
+        if group.query_mask is not None:  # what pads goes to the last row: to pick by a mask, a GPU's host would wait
+            index = torch.where(group.query_mask, index, num_tokens)
+        output.index_copy_(0, index.flatten(), attended.flatten(0, 1))
     assert output is not None, "a forward pass has rows"
-    return output
+    return output[:num_tokens]
 
 
 def _gather(cache: Tensor, blocks: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:

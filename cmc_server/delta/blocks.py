@@ -121,7 +121,7 @@ class BlockPool:
         return True
 
     def hide(self, block: int) -> None:
-        """Let nobody find a held block any more; those who hold it keep it."""
+        """Let nobody find a block any more; those who hold it keep it."""
         key = self._keys.pop(block, None)
         if key is not None:
             del self._published[key], self._marks[key]
@@ -201,11 +201,6 @@ class CachedSequence:
         taken = self._pool.take(missing) if missing > 0 else []
         self.blocks.extend(taken)
         return taken
-
-    def hide(self) -> None:
-        """Let nobody else find these blocks any more: what is cached in them may be at fault."""
-        for block in self.blocks:
-            self._pool.hide(block)
 
     def slots(self, start: int, stop: int) -> list[int]:
         """Where positions ``start`` to ``stop`` lie among all positions of the pool."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from cmc_server.delta.attention import KeyValuePool, RowGroup
 from cmc_server.delta.llama import FastLlama
 from cmc_server.delta.pieces import block_tables
+from cmc_server.delta.transfer import on_device, put_newest
 
 #: Takes a function that reads and writes the same tensors in every call, and returns a faster one that does the same.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -63,7 +64,12 @@ class StepGraphs:
         self._replay = {size: record(partial(self._step, *size)) for size in sizes}
 
     def run(
-        self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], blocks: Sequence[array[int]]
+        self,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        blocks: Sequence[array[int]],
+        newest: Tensor | None = None,
     ) -> Tensor | None:
         """One step.
 
@@ -72,6 +78,7 @@ class StepGraphs:
             positions: theirs.
             slots: where their keys and values go.
             blocks: of each row, those up to its position at least.
+            newest: ids that only the device knows, see :func:`put_newest`.
 
         Returns:
             [R, D] float32; None if no step of this size was recorded.
@@ -85,8 +92,11 @@ class StepGraphs:
         inputs.append([*slots, *[self._spare * self._block_size] * padding])
         tables = torch.full((rows, width), self._spare)
         tables[: len(ids)] = torch.from_numpy(block_tables(blocks, held, width))
-        self._inputs[:, :rows].copy_(torch.tensor(inputs))
-        self._tables[:rows, :width].copy_(tables)
+        device = self._inputs.device
+        self._inputs[:, :rows].copy_(on_device(torch.tensor(inputs), device))
+        self._tables[:rows, :width].copy_(on_device(tables, device))
+        if newest is not None:
+            put_newest(self._inputs[0], self._all[: len(ids)], newest)
         self._replay[rows, width]()
         return self._logits[: len(ids)].clone()  # the next step writes there again
 

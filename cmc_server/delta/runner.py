@@ -25,6 +25,7 @@ from cmc_server.delta.llama import FastLlama
 from cmc_server.delta.packed import is_packed, load_packed
 from cmc_server.delta.pieces import Piece, group_rows, split
 from cmc_server.delta.store import DeltaArtifact
+from cmc_server.delta.transfer import on_device, put_newest
 from cmc_server.errors import DeltaError, one_line
 
 logger = logging.getLogger(__name__)
@@ -113,11 +114,12 @@ class DeltaRunner:
         return CachedSequence(self.blocks)
 
     @torch.inference_mode()
-    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+    def forward(self, feeds: Sequence[Feed], newest: Tensor | None = None) -> Tensor:
         """Logits after the last id of every row.
 
         Args:
             feeds: rows with different sequences.
+            newest: [len(feeds)] int64 on the device, the last id of each row; -1 where the feed has it.
 
         Returns:
             [len(feeds), D] float32.
@@ -132,39 +134,42 @@ class DeltaRunner:
                 feed.sequence.adopt(feed.ids)
         first, twins = _twins(feeds) if self._shares else (list(range(len(feeds))), [])
         if not twins:
-            return self._forward(feeds)
+            return self._forward(feeds, newest)
         output = torch.zeros(len(feeds), self.vocab_size, device=self.device)
-        output[torch.tensor(first, device=self.device)] = self._forward([feeds[row] for row in first])
-        for row in twins:
-            feeds[row].sequence.adopt(feeds[row].ids)
-        output[torch.tensor(twins, device=self.device)] = self._forward([feeds[row] for row in twins])
+        for rows in (first, twins):
+            index = on_device(rows, self.device)
+            output[index] = self._forward([feeds[row] for row in rows], None if newest is None else newest[index])
+            for row in twins:  # no effect once they ran
+                feeds[row].sequence.adopt(feeds[row].ids)
         return output
 
-    def _forward(self, feeds: Sequence[Feed]) -> Tensor:
+    def _forward(self, feeds: Sequence[Feed], newest: Tensor | None) -> Tensor:
         output: Tensor | None = None
         pieces = [self._begin(row, feed) for row, feed in enumerate(feeds)]
         while pieces:
             batch, pieces = split(pieces, MAX_TOKENS)
             ended = [piece for piece in batch if piece.stop == len(feeds[piece.row].ids)]
-            logits = self._run(feeds, batch, [piece.row for piece in ended])
+            rows = [piece.row for piece in ended]
+            some = None if len(ended) == len(feeds) else on_device(rows, self.device)
+            logits = self._run(feeds, batch, rows, newest if newest is None or some is None else newest[some])
             for piece in batch:
                 feed = feeds[piece.row]
                 feed.sequence.length = piece.stop
                 if self._shares:
                     feed.sequence.publish(feed.ids, feed.settled)
                 self.num_tokens += piece.stop - piece.start
-            if len(ended) == len(feeds):
+            if some is None:
                 return logits
             if output is None:
                 output = logits.new_zeros(len(feeds), self.vocab_size)
-            output[torch.tensor([piece.row for piece in ended], dtype=torch.int64, device=self.device)] = logits
+            output[some] = logits
         return torch.zeros(0, self.vocab_size, device=self.device) if output is None else output
 
     def _begin(self, row: int, feed: Feed) -> Piece:
         self._pool.clear(feed.sequence.reserve(len(feed.ids)))
         return Piece(row, feed.sequence.length, len(feed.ids))
 
-    def _run(self, feeds: Sequence[Feed], pieces: list[Piece], ended: list[int]) -> Tensor:
+    def _run(self, feeds: Sequence[Feed], pieces: list[Piece], ended: list[int], newest: Tensor | None) -> Tensor:
         """One forward pass over packed pieces; [len(ended), D] float32."""
         ids: list[int] = []
         positions: list[int] = []
@@ -178,27 +183,26 @@ class DeltaRunner:
             slots.extend(feed.sequence.slots(piece.start, piece.stop))
         blocks = [feeds[piece.row].sequence.blocks for piece in pieces]
         if self._graphs is not None and len(ids) == len(pieces) == len(ended):
-            logits = self._graphs.run(ids, positions, slots, blocks)
+            logits = self._graphs.run(ids, positions, slots, blocks, newest)
             if logits is not None:
                 return logits
         groups = [group.to(self.device) for group in group_rows(pieces, offsets, blocks, self._gathered_blocks)]
-        self._pool.begin(torch.tensor(slots, device=self.device), groups)
+        self._pool.begin(on_device(slots, self.device), groups)
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
         rows = set(ended)
         wanted = [index for index, piece in zip(last, pieces, strict=True) if piece.row in rows]
-        return self._logits(ids, positions, torch.tensor(wanted, dtype=torch.int64, device=self.device))
+        places = on_device(wanted, self.device)
+        packed = on_device(torch.tensor([ids, positions]), self.device)
+        if newest is not None:
+            put_newest(packed[0], places, newest)
+        return self._logits(packed[0], packed[1], places)
 
-    def _logits(self, ids: list[int], positions: list[int], wanted: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
         if self._fast is not None:
-            packed = torch.tensor([ids, positions], device=self.device)
-            return self._fast.forward(self._pool, packed[0], packed[1], wanted).float()
+            return self._fast.forward(self._pool, ids, positions, wanted).float()
         extra: dict[str, Any] = {"logits_to_keep": wanted} if self._can_select else {}
-        logits: Tensor = self._model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            use_cache=False,
-            **extra,
-        ).logits[0]
+        output = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra)
+        logits: Tensor = output.logits[0]
         return (logits if self._can_select else logits[wanted]).float()
 
     def _record(self, record: Recorder) -> StepGraphs | None:

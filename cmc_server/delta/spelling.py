@@ -28,6 +28,8 @@ _ESCAPED_BYTES = re.compile("([\udc80-\udcff]+)")
 _MEMO_ENTRIES = 8192
 _MEMO_TEXT = 64
 _FOLLOWED = (int(MatchKind.EXACT), int(MatchKind.SPECIAL))
+#: In a delta input, the place of a last token that was sampled, but has not reached the host.
+UNSEEN = -1
 
 
 class Speller:
@@ -199,6 +201,18 @@ class DeltaInput:
         self._unspelled += mapped
         self.ids += [speller.delta_ids[user_id] for user_id in mapped]
         return keep
+
+    def extend_unseen(self) -> int:
+        """:meth:`extend` by one token that is followed, whichever it is; :meth:`see` has to come before more do."""
+        self.ids.append(UNSEEN)
+        return len(self.ids) - 1
+
+    def see(self, user_id: int) -> None:
+        """The unseen token has arrived."""
+        assert self.ids[-1] == UNSEEN, "the last token is known already"
+        assert self._speller.is_followed(user_id), "this token should have been spelled"
+        self.ids[-1] = self._speller.delta_ids[user_id]
+        self._unspelled.append(user_id)
 
     def _respell(self) -> int:
         """Spell what was only mapped so far; the index of the first id that changes."""

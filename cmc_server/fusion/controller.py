@@ -5,6 +5,7 @@ An engine adapter knows rows and requests; the controller knows *slots*, numbers
     load(source)                 a delta becomes usable
     admit(slot, prompt, controls)    a request takes a slot
     advance(slot, token_ids)     its response grew
+    advance_unseen(slot), see(slot, token_id)    the same in two parts, where the device knows the token first
     begin(slots, device)         the next shift will want these; optional
     shift(rows, logits)          add the deltas to the rows of some slots, in place
     release(slot)                the request is gone
@@ -15,23 +16,35 @@ A delta that fails never turns into base output: its row is forced to the reserv
 from __future__ import annotations
 
 import logging
-import time
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cmc_server.config import FAST_PATHS, FastPath, Unmapped
-from cmc_server.delta.runner import Feed
 from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput
+from cmc_server.delta.transfer import on_device
 from cmc_server.errors import DeltaRuntimeError
 from cmc_server.fusion.beside import Beside
-from cmc_server.fusion.counts import DeltaCounts, Pass, TopWatch
+from cmc_server.fusion.counts import DeltaCounts, TopWatch
 from cmc_server.fusion.exchange import Exchange, anywhere
 from cmc_server.fusion.loaded import LoadedDelta
-from cmc_server.fusion.rule import fuse_, fuse_by_copy_
-from cmc_server.fusion.streams import Ahead, Output, Request, Row, Steering, Stream, same_deltas, spread_outputs
+from cmc_server.fusion.passes import DeltaPasses
+from cmc_server.fusion.rule import end_rows_, fuse_, fuse_by_copy_
+from cmc_server.fusion.side_stream import SideStream
+from cmc_server.fusion.streams import (
+    Ahead,
+    Output,
+    Request,
+    Row,
+    Steering,
+    Stream,
+    Unseen,
+    same_deltas,
+    select_rows,
+    spread_outputs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +71,7 @@ class DeltaController:
         self._apply_rule = fuse_ if "rule" in fast_paths else fuse_by_copy_
         self._spread = spread_outputs if "rule" in fast_paths else (lambda outputs, _: outputs)
         self._overlaps = "overlap" in fast_paths
-        self._side_stream: torch.cuda.Stream | None = None
+        self._side_stream = SideStream()
         self._input = DeltaInput if "spelling" in fast_paths else WholeDeltaInput
         self._reserved = reserved_token_id
         self._exchange = exchange
@@ -68,10 +81,10 @@ class DeltaController:
         self._kept: dict[tuple[str, str], LoadedDelta] = {}
         self._retired: set[tuple[str, str]] = set()
         self._requests: dict[int, Request] = {}
-        self._cached: dict[LoadedDelta, OrderedDict[int, Stream]] = {}
         self._watch = TopWatch()
         #: By the names of all deltas that were ever loaded.
         self.counts: dict[str, DeltaCounts] = {}
+        self._passes = DeltaPasses(self.counts, self._fail, runs=self.is_leader, defers=self._defers)
 
     @property
     def deltas(self) -> Mapping[str, LoadedDelta]:
@@ -95,11 +108,11 @@ class DeltaController:
     def load(self, delta: LoadedDelta) -> None:
         """Make a delta usable under its name. One that had the name is kept for requests that chose it."""
         self._finish_ahead()
-        self._side_stream = None
+        self._side_stream.renew()
         if delta.name in self._deltas:
             self.unload(delta.name)
         self._deltas[delta.name] = delta
-        self._cached.setdefault(delta, OrderedDict())
+        self._passes.add(delta)
         self.counts.setdefault(delta.name, DeltaCounts())
 
     def unload(self, name: str) -> None:
@@ -162,12 +175,38 @@ class DeltaController:
                 name = stream.delta.name
                 self._fail(request, f"the response could not be spelled for delta {name!r}: {error}", name)
 
+    def can_read_unseen(self, slot: int, num_columns: int) -> bool:
+        """Whether :meth:`advance_unseen` is possible, since no token ever has to be spelled for the slot's deltas.
+
+        Args:
+            slot: of an admitted request.
+            num_columns: of the user LLM's logits; any of them may be sampled.
+        """
+        request = self._requests[slot]
+        known = self._overlaps and self._defers and not request.failed
+        return known and all(
+            stream.can_read_unseen and num_columns <= len(stream.delta.speller.follows) for stream in request.streams
+        )
+
+    def advance_unseen(self, slot: int) -> None:
+        """Append a response token that only the device knows: the next :meth:`shift` is given it."""
+        self._finish_ahead()
+        request = self._requests[slot]
+        request.is_counted = False
+        for stream in request.streams:
+            stream.extend_unseen()
+
+    def see(self, slot: int, token_id: int) -> None:
+        """That token has arrived; to be called before the response grows again."""
+        for stream in self._requests[slot].streams:
+            stream.see(token_id)
+
     def release(self, slot: int) -> None:
         """Forget a request and free its cache; a slot that nobody holds is fine."""
         self._finish_ahead()
         request = self._requests.pop(slot, None)
         for stream in request.streams if request else ():
-            self._drop_cache(stream)
+            self._passes.drop(stream)
         if self._retired:
             self._forget_retired()
 
@@ -185,15 +224,16 @@ class DeltaController:
         self._finish_ahead()
         requests = self._running(slots)
         if requests:
-            outputs = self._beside.start(lambda: self._spread(self._run_deltas(requests, device), requests))
+            outputs = self._beside.start(lambda: self._spread(self._passes.run(requests, device), requests))
             self._ahead = Ahead(list(slots), outputs)
 
-    def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor) -> Tensor:
+    def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor, unseen: Unseen | None = None) -> Tensor:
         """Apply the rule in place.
 
         Args:
             rows: (row of ``logits``, slot) for every steered row, slots without repetition.
             logits: [B, U] float32.
+            unseen: for each of ``rows`` the token of its last :meth:`advance_unseen`; None if there was none.
 
         Returns:
             ``logits``; rows that are not named are bit-identical.
@@ -202,11 +242,12 @@ class DeltaController:
             DeltaRuntimeError: a delta failed and there is no reserved token.
         """
         steered = [(row, self._requests[slot]) for row, slot in rows]
+        self._passes.hear()
         self._agree(steered, logits.device)
         slots = [slot for _, slot in rows]
         outputs = self._take_ahead(slots)
         if outputs is None:
-            outputs = self._run_aside(self._running(slots), logits.device)
+            outputs = self._run_aside(steered, logits.device, unseen)
         if self._exchange is not None:
             for output in outputs.values():
                 self._exchange.broadcast(output.logits)
@@ -228,6 +269,11 @@ class DeltaController:
             look.count([stream.counts.top for stream in healthy[look.row].streams])
         return logits
 
+    @property
+    def _defers(self) -> bool:
+        """Whether a fault may be noted a step later than it is acted on."""
+        return self._reserved is not None and self._exchange is None
+
     def _running(self, slots: Sequence[int]) -> list[Request]:
         return [request for slot in slots if not (request := self._requests[slot]).failed]
 
@@ -242,82 +288,33 @@ class DeltaController:
 
     def _apply(self, members: list[Row], outputs: dict[LoadedDelta, Output], logits: Tensor) -> None:
         """The rule for rows that share their deltas and policy."""
-        index = torch.tensor([row for row, _ in members], device=logits.device)
+        index = on_device([row for row, _ in members], logits.device)
         first = members[0][1]
-        shifts = []
+        shifts, finite = [], []
         for position, stream in enumerate(first.streams):
             streams = [request.streams[position] for _, request in members]
-            shifts.append(outputs[stream.delta].shift(streams, stream.delta.delta_ids, first.unmapped))
+            output = outputs[stream.delta]
+            shifts.append(output.shift(streams, stream.delta.delta_ids, first.unmapped))
+            if output.finite is not None:
+                finite.append(select_rows(output.finite, [output.rows[id(one)] for one in streams]))
         self._apply_rule(logits, index, shifts, first.unmapped)
         if self._reserved is not None:
-            logits[index, self._reserved] = -torch.inf
+            logits[:, self._reserved].index_fill_(0, index, -torch.inf)
+            if finite:
+                end_rows_(logits, index, ~torch.stack(finite).all(dim=0), self._reserved)
 
-    def _run_aside(self, requests: Sequence[Request], device: torch.device) -> dict[LoadedDelta, Output]:
+    def _run_aside(
+        self, steered: Sequence[Row], device: torch.device, unseen: Unseen | None
+    ) -> dict[LoadedDelta, Output]:
         """On a GPU the user LLM's forward pass is queued already when :meth:`shift` is called, and hardly begun.
 
         In a stream of their own the deltas run beside it, and are waited for only where their logits are used.
         """
-        if device.type != "cuda" or not self._overlaps:
-            return self._run_deltas(requests, device)
-        main = torch.cuda.current_stream(device)
-        if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._side_stream.wait_stream(main)  # the weights were loaded there
-        with torch.cuda.stream(self._side_stream):
-            outputs = self._run_deltas(requests, device)
-        main.wait_stream(self._side_stream)
-        for output in outputs.values():
-            output.logits.record_stream(main)  # or their memory would be used again too early
-        return outputs
-
-    def _run_deltas(self, requests: Sequence[Request], device: torch.device) -> dict[LoadedDelta, Output]:
-        """One forward pass per delta over all its rows; on ranks that do not lead, the room for the leader's."""
-        by_delta: dict[LoadedDelta, list[tuple[Request, Stream]]] = {}
-        for request in requests:
-            for stream in request.streams:
-                by_delta.setdefault(stream.delta, []).append((request, stream))
-        outputs = {}
-        for delta, pairs in by_delta.items():
-            logits = self._run(pairs) if self.is_leader else None
-            if logits is None:
-                logits = torch.zeros(len(pairs), delta.runner.vocab_size, device=device)
-            outputs[delta] = Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)})
-        return outputs
-
-    def _run(self, pairs: list[tuple[Request, Stream]]) -> Tensor | None:
-        """[len(pairs), D] float32, zeros for streams that have nothing to read; None if the delta failed."""
-        delta = pairs[0][1].delta
-        runner, counts = delta.runner, self.counts[delta.name]
-        begin, num_tokens = time.perf_counter(), runner.num_tokens
-        try:
-            rows = [
-                row for row, (request, one) in enumerate(pairs) if one.text.ids and self._cache(request, one, pairs)
-            ]
-            streams = [pairs[row][1] for row in rows]
-            feeds = [
-                Feed(stream.sequence, stream.window(), stream.keep, stream.num_settled)
-                for stream in streams
-                if stream.sequence
-            ]
-            logits = runner.forward(feeds)
-            finite = torch.isfinite(logits.sum(dim=-1)).tolist()  # a sum is finite only if all of it is
-        except Exception as error:  # see admit
-            for request, stream in pairs:
-                self._drop_cache(stream)
-                self._fail(request, f"delta {delta.name!r} failed: {error}", delta.name)
-            return None
-        counts.passes.append(Pass(len(rows), time.perf_counter() - begin))
-        counts.read += runner.num_tokens - num_tokens
-        for row, feed, is_finite in zip(rows, feeds, finite, strict=True):
-            request, stream = pairs[row]
-            stream.note_read(len(feed.ids))
-            if not is_finite:
-                feed.sequence.hide()
-                self._fail(request, f"delta {delta.name!r} gave logits that are not finite", delta.name)
-        if len(rows) == len(pairs):
-            return logits
-        spread = torch.zeros(len(pairs), runner.vocab_size, device=logits.device)
-        return spread.index_copy_(0, torch.tensor(rows, device=logits.device, dtype=torch.int64), logits)
+        running = [place for place, (_, request) in enumerate(steered) if not request.failed]
+        if unseen is not None:
+            unseen = Unseen(select_rows(unseen.ids, running), unseen.ready)
+        run = partial(self._passes.run, [steered[place][1] for place in running], device, unseen)
+        return self._side_stream.run(run, device, unseen) if device.type == "cuda" and self._overlaps else run()
 
     def _agree(self, steered: Sequence[Row], device: torch.device) -> None:
         """A request that failed on any rank fails on this one, too."""
@@ -350,31 +347,6 @@ class DeltaController:
         counts.admissions += 1
         return stream
 
-    def _cache(self, request: Request, stream: Stream, pairs: list[tuple[Request, Stream]]) -> bool:
-        """See that a stream holds a cached sequence, taking one from a row that is not in this step if need be."""
-        cached = self._cached[stream.delta]
-        if stream.sequence is None:
-            if len(cached) >= stream.delta.runner.max_seqs:
-                in_step = {id(other) for _, other in pairs}
-                idle = next((other for key, other in cached.items() if key not in in_step), None)
-                if idle is None:
-                    name = stream.delta.name
-                    reason = f"more than {len(cached)} rows run on delta {name!r}; raise --max-delta-seqs"
-                    self._fail(request, reason, name)
-                    return False
-                self._drop_cache(idle)
-            stream.sequence, stream.keep = stream.delta.runner.new_sequence(), 0
-            stream.counts.rebuilds += stream.num_read > 0
-            cached[id(stream)] = stream
-        cached.move_to_end(id(stream))
-        return True
-
-    def _drop_cache(self, stream: Stream) -> None:
-        if stream.sequence is not None:
-            stream.sequence.free()
-            stream.sequence, stream.keep = None, 0
-            del self._cached[stream.delta][id(stream)]
-
     def _forget_retired(self) -> None:
         for key in list(self._retired):
             delta = self._kept.get(key)
@@ -382,7 +354,7 @@ class DeltaController:
                 self._retired.discard(key)
                 self._kept.pop(key, None)
                 if delta is not None:
-                    del self._cached[delta]
+                    self._passes.remove(delta)
 
     def _fail(self, request: Request, reason: str, *names: str) -> None:
         """End a request because of these deltas."""

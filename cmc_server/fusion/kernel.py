@@ -98,6 +98,23 @@ def _correct(  # type: ignore[no-untyped-def]
     tl.store(corrections + row, before_all - after_all)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _end(logits, logits_stride, rows, faulty, token_id, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """logits[rows[r]] = 0 at one token and -inf elsewhere, for faulty rows; nothing is read or written of others."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    end = tl.load(faulty + row) * width
+    value = tl.where(columns == token_id, 0.0, -float("inf"))
+    tl.store(logits + tl.load(rows + row) * logits_stride + columns, value, mask=columns < end)
+
+
+def end_rows_(logits: Tensor, rows: Tensor, faulty: Tensor, token_id: int) -> Tensor:
+    """:func:`cmc_server.fusion.rule.end_rows_`, which costs rows that are sound next to nothing."""
+    grid = len(rows), triton.cdiv(logits.shape[1], _BLOCK)
+    _end[grid](logits, logits.stride(0), rows, faulty.int(), token_id, logits.shape[1], block=_BLOCK)
+    return logits
+
+
 def add_shift_(
     logits: Tensor,
     rows: Tensor,

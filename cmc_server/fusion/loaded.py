@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -67,6 +68,11 @@ class LoadedDelta:
     def speller(self) -> Speller:
         """User tokens in its own tokens."""
         return self.words.speller
+
+    @cached_property
+    def reads_user_ids(self) -> bool:
+        """Whether every token of the user LLM is the same token of the delta, so that nothing is ever spelled."""
+        return self.vocab_map.is_identity and all(self.speller.follows)
 
     @property
     def vocab_map(self) -> VocabularyMap:

@@ -116,6 +116,27 @@ def fuse_by_copy_(logits: Tensor, rows: Tensor, shifts: Sequence[Shift], unmappe
     return logits.index_copy_(0, rows, fuse(logits.index_select(0, rows), shifts, unmapped))
 
 
+def end_rows_(logits: Tensor, rows: Tensor, faulty: Tensor, token_id: int) -> Tensor:
+    """Leave some rows one token alone, in place, without the host knowing which.
+
+    Args:
+        logits: [B, U] float32.
+        rows: [R] int64, without repetition.
+        faulty: [R] bool, which of these.
+        token_id: what is left of them.
+
+    Returns:
+        ``logits``.
+    """
+    if logits.is_cuda:
+        from cmc_server.fusion.kernel import end_rows_ as end_rows_by_kernel_
+
+        return end_rows_by_kernel_(logits, rows, faulty, token_id)
+    logits[rows[faulty]] = -torch.inf
+    logits[rows[faulty], token_id] = 0.0
+    return logits
+
+
 def _fuse_by_kernel(logits: Tensor, rows: Tensor, shift: Shift, preserve: bool) -> Tensor:
     from cmc_server.fusion.kernel import add_shift_
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from cmc_server.config import Unmapped
 from cmc_server.delta.blocks import CachedSequence
 from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput, window_drop
+from cmc_server.delta.transfer import on_device
 from cmc_server.fusion.counts import DeltaCounts
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.rule import Shift, spread_rows
@@ -57,8 +58,26 @@ class Stream:
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append response tokens; the window moves on where it has to."""
         num_respellings = self.text.num_respellings
-        unchanged = self.text.extend(token_ids)
+        self._move_on(self.text.extend(token_ids))
         self.counts.respellings += self.text.num_respellings - num_respellings
+
+    def extend_unseen(self) -> None:
+        """Append a response token that only the device knows; :attr:`can_read_unseen` says whether that is possible."""
+        assert isinstance(self.text, DeltaInput), "the whole response is needed to spell it"
+        self._move_on(self.text.extend_unseen())
+
+    def see(self, token_id: int) -> None:
+        """That token has arrived."""
+        assert isinstance(self.text, DeltaInput), "the whole response is needed to spell it"
+        self.text.see(token_id)
+
+    @property
+    def can_read_unseen(self) -> bool:
+        """Whether the delta reads the user LLM's own ids, which the device has before the host does."""
+        return self.delta.reads_user_ids and isinstance(self.text, DeltaInput)
+
+    def _move_on(self, unchanged: int) -> None:
+        """The input grew behind its first ``unchanged`` ids."""
         dropped = window_drop(len(self.text.ids), self.delta.runner.context_length)
         num_bos = self.num_bos
         kept = unchanged - self.dropped if unchanged >= num_bos + self.dropped else min(unchanged, num_bos)
@@ -126,11 +145,13 @@ class Output:
     Args:
         logits: [n, D] float32.
         rows: the row of each stream by its identity.
+        finite: [n] bool, which rows are; None where the requests of those that are not have failed already.
         spread: [n, U'] float32, the same through the map, 0 where that ends; None where it was not made ahead of time.
     """
 
     logits: Tensor
     rows: Mapping[int, int]
+    finite: Tensor | None = None
     spread: Tensor | None = None
 
     def spread_by(self, delta_ids: Tensor | None) -> Output:
@@ -138,18 +159,18 @@ class Output:
         if delta_ids is None or 4 * len(self.rows) * delta_ids.numel() > _SPREAD_BYTES:
             return self
         try:
-            return Output(self.logits, self.rows, spread_rows(self.logits, delta_ids))
+            return replace(self, spread=spread_rows(self.logits, delta_ids))
         except Exception as error:  # what is wrong with the map, the rule meets again, and ends the request there
             logger.warning("The map could not be applied ahead of time, which is slower: %r", error)
             return self
 
     def shift(self, streams: Sequence[Stream], delta_ids: Tensor | None, unmapped: Unmapped) -> Shift:
         """What it contributes to the rows of some streams, in their order."""
-        strengths = torch.tensor([stream.strength for stream in streams], device=self.logits.device)
+        strengths = on_device(torch.tensor([stream.strength for stream in streams]), self.logits.device)
         rows = [self.rows[id(stream)] for stream in streams]
         if self.spread is not None and unmapped == "zero":
-            return Shift(_select(self.spread, rows), None, strengths)
-        return Shift(_select(self.logits, rows), delta_ids, strengths)
+            return Shift(select_rows(self.spread, rows), None, strengths)
+        return Shift(select_rows(self.logits, rows), delta_ids, strengths)
 
 
 def spread_outputs(outputs: dict[LoadedDelta, Output], requests: Sequence[Request]) -> dict[LoadedDelta, Output]:
@@ -157,6 +178,19 @@ def spread_outputs(outputs: dict[LoadedDelta, Output], requests: Sequence[Reques
     if all(request.unmapped == "preserve" for request in requests):
         return outputs
     return {delta: output.spread_by(delta.delta_ids) for delta, output in outputs.items()}
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """The last tokens of some requests, which only the device knows.
+
+    Args:
+        ids: [n] int64 user token ids; -1 where the host has told it.
+        ready: passed when they are there; None if they are.
+    """
+
+    ids: Tensor
+    ready: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -188,8 +222,8 @@ def same_deltas(
     return groups
 
 
-def _select(logits: Tensor, rows: list[int]) -> Tensor:
+def select_rows(values: Tensor, rows: list[int]) -> Tensor:
     """Some rows; no copy where these are all."""
-    if rows == list(range(logits.shape[0])):
-        return logits
-    return logits.index_select(0, torch.tensor(rows, device=logits.device))
+    if rows == list(range(values.shape[0])):
+        return values
+    return values.index_select(0, on_device(rows, values.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,32 +10,52 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cmc_server.delta.transfer import Arrival, on_device
 from cmc_server.fusion.controller import DeltaController
+from cmc_server.fusion.streams import Unseen
 from cmc_server.integrations.request_args import RequestControls, read_controls
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tracked:
-    """A steered request; ``known`` counts prompt and response tokens given to the controller, None before that."""
+    """A steered request.
+
+    Args:
+        controls: what it asks for.
+        tokens: those that it came with, once their copy is queued.
+        known: how many prompt and response tokens the controller has counted; None before it was admitted.
+        is_unseen: whether the controller does not know the last of them yet.
+    """
 
     controls: RequestControls
+    tokens: Arrival | None = None
     known: int | None = None
+    is_unseen: bool = False
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """Lengths and last tokens of some slots on their way to the host."""
+    """Lengths and last tokens of some requests after one step.
 
-    slots: list[int]
-    values: Tensor  # [2, len(slots)] int32 on the host
-    event: torch.cuda.Event | None
+    Args:
+        members: slots and their requests.
+        last: [len(members) + 1] int64 on the device, the last tokens and -1.
+        values: [2, len(members)] lengths and last tokens, on their way to the host.
+    """
+
+    members: list[tuple[int, _Tracked]]
+    last: Tensor
+    values: Arrival
 
 
 class V2Adapter:
     """Translates MRV2's slots and device-side tokens for the controller, whose slots are MRV2's own.
+
+    With asynchronous scheduling a step begins before the host knows what the step before it sampled. Deltas that read
+    the user LLM's own ids take them from the device, and the host learns them a step later; others wait for them.
 
     Args:
         controller: does the work.
@@ -45,8 +66,9 @@ class V2Adapter:
         self._controller = controller
         self._states = req_states
         self._requests: dict[int, _Tracked] = {}
+        self._fresh: list[int] = []
         self._recent: list[int] = []
-        self._copy: _Copy | None = None
+        self._copies: deque[_Copy] = deque()
 
     def add(self, slot: int, extra_args: dict[str, Any] | None) -> bool:
         """A request took a slot, perhaps again after preemption; there is no word when one leaves."""
@@ -55,71 +77,117 @@ class V2Adapter:
         controls = read_controls(extra_args)
         if controls is not None:
             self._requests[slot] = _Tracked(controls)
+            self._fresh.append(slot)
         return controls is not None
 
     def fetch(self) -> None:
-        """Queue a copy of the last sampled tokens to the host, behind the step that samples them.
+        """Queue copies of new prompts and of the last sampled tokens to the host, behind the step that samples them.
 
-        It runs while the GPU works on the next forward pass, so that :meth:`apply` need not wait for that.
+        They run while the GPU works on the next forward pass, so that :meth:`apply` need not wait for that.
         """
-        slots = [slot for slot in self._recent if (tracked := self._requests.get(slot)) and tracked.known is not None]
-        self._copy = None
-        if not slots:
+        for slot in self._fresh:
+            if slot in self._requests:
+                length = int(self._states.prefill_len.np[slot])
+                self._requests[slot].tokens = Arrival.of(self._states.all_token_ids.gpu[slot, :length])
+        self._fresh = []
+        members = [(slot, tracked) for slot in self._recent if (tracked := self._requests.get(slot)) and tracked.known]
+        if not members:
             return
-        device = self._states.device
-        index = torch.tensor(slots, device=device)
+        index = on_device([slot for slot, _ in members], self._states.device)
         lengths = self._states.total_len.gpu[index]
         last = self._states.all_token_ids.gpu[index, lengths - 1]
-        values = torch.stack([lengths, last])
-        if device.type != "cuda":
-            self._copy = _Copy(slots, values, None)
-            return
-        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        pinned.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._copy = _Copy(slots, pinned, event)
+        padded = torch.cat([last, last.new_full((1,), -1)]).long()
+        self._copies.append(_Copy(members, padded, Arrival.of(torch.stack([lengths, last]))))
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
         """Give new tokens to the controller, then let it change the rows that will be sampled from."""
-        lengths = ctx.seq_lens_upper_bound_np
         rows: list[tuple[int, int]] = []
-        for row, slot in enumerate(ctx.idx_mapping_np.tolist()):
+        lengths: dict[int, int] = {}
+        slots = ctx.idx_mapping_np.tolist()
+        for row, (slot, length) in enumerate(zip(slots, ctx.seq_lens_upper_bound_np.tolist(), strict=True)):
             # A row whose prompt is not complete yet is thrown away by vLLM.
-            if slot in self._requests and lengths[row] >= self._states.prefill_len.np[slot]:
+            if slot in self._requests and length >= self._states.prefill_len.np[slot]:
                 rows.append((row, slot))
+                lengths[slot] = length  # exact without speculative decoding, which is refused at the start
         if not rows:
             return logits
-        arrived = self._arrived()
-        for _, slot in rows:
-            self._follow(slot, arrived.get(slot))
-        self._recent = [slot for _, slot in rows]
-        return self._controller.shift(rows, logits)
+        newest = self._copies.pop() if self._copies else None
+        while self._copies:
+            self._take_in(self._copies.popleft())
+        unseen = None if newest is None else self._leave_unseen(newest, lengths, logits.shape[1])
+        if newest is not None:
+            if unseen is None:
+                self._take_in(newest)
+            else:
+                self._copies.append(newest)
+        for slot, length in lengths.items():
+            self._follow(slot, length)
+        self._recent = list(lengths)
+        return self._controller.shift(rows, logits, unseen)
 
-    def _arrived(self) -> dict[int, tuple[int, int]]:
-        copy, self._copy = self._copy, None
-        if copy is None:
-            return {}
-        if copy.event is not None:
-            copy.event.synchronize()
-        return {slot: (length, last) for slot, length, last in zip(copy.slots, *copy.values.tolist(), strict=True)}
+    def _leave_unseen(self, copy: _Copy, lengths: dict[int, int], num_columns: int) -> Unseen | None:
+        """Let each request grow by a token that stays on the device, if that is possible for all that grew.
 
-    def _follow(self, slot: int, arrived: tuple[int, int] | None) -> None:
+        Args:
+            copy: of the last step's tokens.
+            lengths: of the slots in this step, in its order.
+            num_columns: of the user LLM's logits.
+
+        Returns:
+            The slots' last tokens; None if the host has to know them now.
+        """
+        places = {id(tracked): place for place, (_, tracked) in enumerate(copy.members)}
+        index, growing = [], []
+        for slot, length in lengths.items():
+            tracked = self._requests[slot]
+            place = places.get(id(tracked), len(copy.members))
+            if tracked.known is not None and length > tracked.known:
+                is_next = length == tracked.known + 1 and place < len(copy.members)
+                if not is_next or not self._controller.can_read_unseen(slot, num_columns):
+                    return None
+                growing.append((slot, tracked))
+            else:
+                place = len(copy.members)
+            index.append(place)
+        if not growing:
+            return None
+        for slot, tracked in growing:
+            self._controller.advance_unseen(slot)
+            tracked.known, tracked.is_unseen = lengths[slot], True
+        return Unseen(copy.last[on_device(index, copy.last.device)], copy.values.event)
+
+    def _take_in(self, copy: _Copy) -> None:
+        """Wait for a copy, and give what it says to the controller."""
+        lengths, last_tokens = copy.values.wait().tolist()
+        for (slot, tracked), length, last in zip(copy.members, lengths, last_tokens, strict=True):
+            if self._requests.get(slot) is not tracked or tracked.known is None:
+                continue
+            if tracked.is_unseen:
+                assert length == tracked.known, "the host has lost count of a response"
+                self._controller.see(slot, last)
+                tracked.is_unseen = False
+            elif length == tracked.known + 1:
+                self._controller.advance(slot, [last])
+                tracked.known = length
+
+    def _follow(self, slot: int, length: int) -> None:
+        """Admit a request, and give it those of its tokens that no copy brought."""
         tracked = self._requests[slot]
-        length = arrived[0] if arrived else int(self._states.total_len.gpu[slot])
         if tracked.known is None:
+            tokens = tracked.tokens.wait().tolist() if tracked.tokens is not None else []
+            tokens += self._tokens(slot, len(tokens), length)
             prompt_len = int(self._states.prompt_len.np[slot])
-            tokens = self._tokens(slot, 0, length)
             controls = tracked.controls
             prompt = tokens[:prompt_len]
             self._controller.admit(slot, prompt, controls.deltas, controls.unmapped, controls.request_id)
             self._controller.advance(slot, tokens[prompt_len:])
-        elif arrived and length == tracked.known + 1:
-            self._controller.advance(slot, [arrived[1]])
         elif length > tracked.known:
             self._controller.advance(slot, self._tokens(slot, tracked.known, length))
-        tracked.known = length
+        tracked.tokens, tracked.known = None, length
 
     def _tokens(self, slot: int, start: int, stop: int) -> Sequence[int]:
+        """Tokens from the device; waits for it, unless there are none."""
+        if start == stop:
+            return []
         tokens: list[int] = self._states.all_token_ids.gpu[slot, start:stop].tolist()
         return tokens

@@ -232,6 +232,29 @@ def test_memory_is_known_before_loading(artifact: DeltaArtifact) -> None:
     assert memory_needed(artifact, 3, value_bytes=4, on_cpu=True) == pytest.approx(runner.memory_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_last_ids_that_only_the_device_knows(
+    artifact: DeltaArtifact, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and single tokens in one step, twins among them, and steps of single tokens alone."""
+    if graphs:  # without a GPU a recorded step is the step itself
+        monkeypatch.setattr("cmc_server.delta.runner.recorder_for", lambda _: lambda step: step)
+    runner = DeltaRunner(artifact, max_seqs=4, device=CPU)
+    sequences = [runner.new_sequence() for _ in range(4)]
+    inputs = [list(range(20, 60)), list(range(20, 60)), [7], [3, 4, 5]]
+    for grown in range(3):
+        if grown:
+            inputs = [[*ids, 30 + row] for row, ids in enumerate(inputs)]
+        hidden = [row != 2 for row in range(4)]
+        feeds = [
+            Feed(sequences[row], [*ids[:-1], -1] if hidden[row] else ids, len(ids) - 1 if grown else 0, settled=40)
+            for row, ids in enumerate(inputs)
+        ]
+        newest = torch.tensor([ids[-1] if hidden[row] else -1 for row, ids in enumerate(inputs)])
+        logits = runner.forward(feeds, newest)
+        torch.testing.assert_close(logits, expected(artifact, inputs), atol=1e-4, rtol=1e-4)
+
+
 def test_attention_that_is_not_standard_is_refused(tmp_path: Path) -> None:
     config = Gemma2Config(**SMALL, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)
     artifact = random_model(tmp_path, config)

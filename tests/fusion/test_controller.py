@@ -16,6 +16,7 @@ from cmc_server.errors import DeltaRuntimeError
 from cmc_server.fusion.beside import Beside, spare_cores
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.reference import ReferenceFusedLM
+from cmc_server.fusion.streams import Unseen
 from cmc_server.integrations.request_args import ActiveDelta
 
 RESERVED = 5
@@ -225,6 +226,84 @@ def test_what_was_begun_for_others_is_not_used(controller: DeltaController, orac
     controller.begin([1, 2], torch.device("cpu"))
     controller.release(0)
     check([1, 2])
+
+
+class TestUnseen:
+    """Tokens that the device knows before the host does."""
+
+    def test_equal_to_the_oracle(self, steered: Steered, oracle: ReferenceFusedLM) -> None:
+        """Rows of the user LLM's vocabulary beside such as are admitted in the same step, across blocks and windows."""
+        controller = DeltaController(RESERVED)
+        controller.load(steered.load("same", max_seqs=3))
+        size = oracle.vocabulary.size
+        draw = random.Random(0)
+        running: dict[int, Request] = {}
+        for moment in range(40):
+            if moment in (0, 3, 11):
+                request = running[len(running)] = Request([draw.randrange(size) for _ in range(11)], {"same": 1.5})
+                controller.admit(len(running) - 1, request.prompt, request.steering, request.unmapped)
+            ids = []
+            for slot, request in running.items():
+                if request.response:
+                    assert controller.can_read_unseen(slot, size)
+                    controller.advance_unseen(slot)
+                ids.append(request.response[-1] if request.response else -1)
+            logits = torch.stack([base_logits(oracle, request) for request in running.values()])
+            rows = [(slot, slot) for slot in running]
+            after = controller.shift(rows, logits, Unseen(torch.tensor(ids)) if max(ids) >= 0 else None)
+            for slot, request in running.items():
+                torch.testing.assert_close(after[slot], expected(oracle, request), **TOLERANCE)
+                if request.response:
+                    controller.see(slot, request.response[-1])
+                request.response.append(draw.randrange(size))
+        counts = controller.counts["same"]
+        assert counts.tokens == sum(len(request.response) for request in running.values())
+        assert counts.recomputed == counts.rebuilds == 0
+
+    def test_only_where_no_token_is_ever_spelled(self, steered: Steered) -> None:
+        controller = DeltaController(RESERVED)
+        for name in steered.deltas:
+            controller.load(steered.load(name))
+        size = steered.vocabulary.size
+        for slot, names in enumerate([("same",), ("other",), ("same", "words")]):
+            controller.admit(slot, [1, 2], [ActiveDelta(name=name, strength=1) for name in names])
+        assert [controller.can_read_unseen(slot, size) for slot in range(3)] == [True, False, False]
+        assert not controller.can_read_unseen(0, size + 1)  # the last column's token, if sampled, has no text
+        for fast_path in ("overlap", "spelling"):
+            slow = DeltaController(RESERVED, fast_paths=FAST_PATHS - {fast_path})
+            slow.load(steered.load("same"))
+            slow.admit(0, [1, 2], [ActiveDelta(name="same", strength=1)])
+            assert not slow.can_read_unseen(0, size)
+
+    def test_a_fault_ends_the_row_at_once_and_is_noted_a_step_later(
+        self, steered: Steered, oracle: ReferenceFusedLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        controller = DeltaController(RESERVED)
+        controller.load(steered.load("same"))
+        runner = controller.deltas["same"].runner
+        prompt = list(range(40, 80))
+        faulty, healthy = Request(prompt, {"same": 1.0}, response=[9]), Request([2], {"same": 1.0}, response=[9])
+        for slot, request in enumerate((faulty, healthy)):
+            controller.admit(slot, request.prompt, request.steering, request.unmapped)
+            controller.advance_unseen(slot)
+        real = runner._logits
+        monkeypatch.setattr(runner, "_logits", lambda *arguments: real(*arguments) * torch.tensor([[torch.nan], [1.0]]))
+        logits = torch.stack([base_logits(oracle, request) for request in (faulty, healthy)])
+        after = controller.shift([(0, 0), (1, 1)], logits, Unseen(torch.tensor([9, 9])))
+        monkeypatch.undo()
+        assert_ended(after[0])
+        torch.testing.assert_close(after[1], expected(oracle, healthy), **TOLERANCE)
+        assert controller.counts["same"].failures == 0  # the host has not looked
+        for slot in (0, 1):
+            controller.see(slot, 9)
+        controller.release(0)  # before the verdict is heard: nobody may find what it has read
+        step(controller, oracle, [(1, healthy)])
+        assert controller.counts["same"].failures == 1
+        read = controller.counts["same"].read
+        again = Request(prompt, {"same": 1.0})
+        controller.admit(2, again.prompt, again.steering, again.unmapped)
+        step(controller, oracle, [(2, again)])
+        assert controller.counts["same"].read == read + len(controller.deltas["same"].prompt_ids(prompt))
 
 
 def test_spare_cores() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cmc_server.config import Unmapped
-from cmc_server.fusion.rule import Shift, fuse
+from cmc_server.fusion.rule import Shift, end_rows_, fuse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -49,6 +49,19 @@ def test_equal_to_the_definition(unmapped: Unmapped, identity: bool, num_columns
     actual = add_shift_(logits.clone(), rows, delta_logits, ids, strengths, preserve=unmapped == "preserve")
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(actual[[1, 2]], logits[[1, 2]])
+
+
+@interpreted
+def test_faulty_rows_end() -> None:
+    from cmc_server.fusion.kernel import end_rows_ as by_kernel
+
+    logits = torch.randn(5, 1500)
+    logits[0, 7] = torch.nan
+    rows, faulty = torch.tensor([4, 0, 2]), torch.tensor([False, True, True])
+    ended = by_kernel(logits.clone(), rows, faulty, 9)
+    assert torch.equal(ended, end_rows_(logits.clone(), rows, faulty, 9))
+    assert torch.isfinite(ended[[0, 2]]).nonzero().tolist() == [[0, 9], [1, 9]]
+    assert torch.equal(ended[[1, 3, 4]], logits[[1, 3, 4]])
 
 
 @interpreted
