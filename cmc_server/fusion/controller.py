@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -312,7 +313,7 @@ class DeltaController:
         """
         running = [place for place, (_, request) in enumerate(steered) if not request.failed]
         if unseen is not None:
-            unseen = Unseen(select_rows(unseen.ids, running), unseen.ready)
+            unseen = replace(unseen, places=[unseen.places[place] for place in running])
         run = partial(self._passes.run, [steered[place][1] for place in running], device, unseen)
         return self._side_stream.run(run, device, unseen) if device.type == "cuda" and self._overlaps else run()
 

@@ -77,7 +77,9 @@ class DeltaPasses:
         later = self._defers and (unseen is not None or device.type == "cuda")
         outputs = {}
         for delta, members in by_delta.items():
-            newest = None if unseen is None else select_rows(unseen.ids, [place for place, _, _ in members])
+            newest = None
+            if unseen is not None:
+                newest = select_rows(unseen.ids, [unseen.places[place] for place, _, _ in members])
             pairs = [(request, stream) for _, request, stream in members]
             logits, finite = self._run(pairs, newest, later) if self._runs else (None, None)
             if logits is None:

@@ -185,11 +185,14 @@ class Unseen:
     """The last tokens of some requests, which only the device knows.
 
     Args:
-        ids: [n] int64 user token ids; -1 where the host has told it.
+        ids: [n] int64 user token ids, and -1 for those that the host has told. To be read only behind ``ready``, not on
+            the stream of the user LLM's forward pass, which would come first.
+        places: of each request, where in ``ids`` its own is.
         ready: passed when they are there; None if they are.
     """
 
     ids: Tensor
+    places: list[int]
     ready: torch.cuda.Event | None = None
 
 

@@ -136,11 +136,11 @@ class V2Adapter:
         Returns:
             The slots' last tokens; None if the host has to know them now.
         """
-        places = {id(tracked): place for place, (_, tracked) in enumerate(copy.members)}
-        index, growing = [], []
+        place_of = {id(tracked): place for place, (_, tracked) in enumerate(copy.members)}
+        places, growing = [], []
         for slot, length in lengths.items():
             tracked = self._requests[slot]
-            place = places.get(id(tracked), len(copy.members))
+            place = place_of.get(id(tracked), len(copy.members))
             if tracked.known is not None and length > tracked.known:
                 is_next = length == tracked.known + 1 and place < len(copy.members)
                 if not is_next or not self._controller.can_read_unseen(slot, num_columns):
@@ -148,13 +148,13 @@ class V2Adapter:
                 growing.append((slot, tracked))
             else:
                 place = len(copy.members)
-            index.append(place)
+            places.append(place)
         if not growing:
             return None
         for slot, tracked in growing:
             self._controller.advance_unseen(slot)
             tracked.known, tracked.is_unseen = lengths[slot], True
-        return Unseen(copy.last[on_device(index, copy.last.device)], copy.values.event)
+        return Unseen(copy.last, places, copy.values.event)
 
     def _take_in(self, copy: _Copy) -> None:
         """Wait for a copy, and give what it says to the controller."""

@@ -250,7 +250,7 @@ class TestUnseen:
                 ids.append(request.response[-1] if request.response else -1)
             logits = torch.stack([base_logits(oracle, request) for request in running.values()])
             rows = [(slot, slot) for slot in running]
-            after = controller.shift(rows, logits, Unseen(torch.tensor(ids)) if max(ids) >= 0 else None)
+            after = controller.shift(rows, logits, Unseen(torch.tensor(ids), list(running)) if max(ids) >= 0 else None)
             for slot, request in running.items():
                 torch.testing.assert_close(after[slot], expected(oracle, request), **TOLERANCE)
                 if request.response:
@@ -289,7 +289,7 @@ class TestUnseen:
         real = runner._logits
         monkeypatch.setattr(runner, "_logits", lambda *arguments: real(*arguments) * torch.tensor([[torch.nan], [1.0]]))
         logits = torch.stack([base_logits(oracle, request) for request in (faulty, healthy)])
-        after = controller.shift([(0, 0), (1, 1)], logits, Unseen(torch.tensor([9, 9])))
+        after = controller.shift([(0, 0), (1, 1)], logits, Unseen(torch.tensor([9, 9]), [0, 1]))
         monkeypatch.undo()
         assert_ended(after[0])
         torch.testing.assert_close(after[1], expected(oracle, healthy), **TOLERANCE)

@@ -36,7 +36,9 @@ def steps(steered: Steered, device: torch.device, unseen: bool) -> list[torch.Te
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error" if moment > 2 else "default")
         try:
-            controller.shift([(slot, slot) for slot in range(3)], logits, Unseen(last) if unseen and moment else None)
+            controller.shift(
+                [(slot, slot) for slot in range(3)], logits, Unseen(last, [0, 1, 2]) if unseen and moment else None
+            )
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")

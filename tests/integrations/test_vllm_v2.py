@@ -55,7 +55,7 @@ class Recorder:
 
     def shift(self, rows: Sequence[tuple[int, int]], logits: Tensor, unseen: Unseen | None) -> Tensor:
         self.num_unseen += len(self.open)
-        ids = [-1] * len(rows) if unseen is None else unseen.ids.tolist()
+        ids = [-1] * len(rows) if unseen is None else unseen.ids[unseen.places].tolist()
         assert {slot for (_, slot), one in zip(rows, ids, strict=True) if one >= 0} == self.open
         self.seen = {
             slot: (self.prompts[slot], self.tokens[slot] + ([one] if one >= 0 else []))
