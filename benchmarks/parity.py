@@ -194,6 +194,7 @@ def main() -> int:
             report |= engine
             report["base_rows_compared"] = sum(entry["base_rows"] for entry in seen)
             report["base_rows_changed"] = sum(entry["changed"] for entry in seen)
+            report["rows_with_unseen_tokens"] = sum(entry.get("unseen", 0) for entry in seen)
             report["runner"] = sorted({entry["runner"] for entry in seen})
     report |= judge(args, answers)
     report["passed"] = max(report["worst_gap"].values()) <= TOLERANCE and not report.get("base_rows_changed")

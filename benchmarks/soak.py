@@ -11,7 +11,8 @@ delta names are loaded, replaced by other folders and unloaded every few seconds
 - a sample of the finished greedy answers, base and steered, is read by the oracle: at every step the token that was
   emitted is the best one or within 1e-3 of it.
 
-Prints what was seen and, as its last line, one JSON object. Exit code 1 if anything was wrong.
+Prints what was seen and, as its last line, one JSON object. Exit code 1 if anything was wrong. With --plain the same
+clients ask plain vLLM, all of them for the base model: what grows there is not ours.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ _SAMPLE_SECONDS = 2.0
 _SHAPES = 140
 
 
-async def soak(url: str, options: argparse.Namespace) -> tuple[Seen, list[tuple[float, int]]]:
+async def soak(
+    url: str, options: argparse.Namespace, names: Sequence[str] = NAMES
+) -> tuple[Seen, list[tuple[float, int]]]:
     """The traffic; what was seen, and the memory in bytes by second."""
     seen, stop = Seen(), asyncio.Event()
     limits = httpx.Limits(max_connections=None)
@@ -51,11 +54,12 @@ async def soak(url: str, options: argparse.Namespace) -> tuple[Seen, list[tuple[
         if options.minutes > options.warm_up:  # memory will be judged
             await visit_shapes(http)
         clients = [
-            Client(http, seen, NAMES, 1000 * options.seed + place, options.tokens, options.sample)
+            Client(http, seen, names, 1000 * options.seed + place, options.tokens, options.sample)
             for place in range(options.clients)
         ]
         tasks = [asyncio.create_task(client.run(stop)) for client in clients]
-        tasks.append(asyncio.create_task(operate(http, seen, NAMES, options.deltas, stop, options.seed)))
+        if names:
+            tasks.append(asyncio.create_task(operate(http, seen, names, options.deltas, stop, options.seed)))
         began = time.monotonic()
         while (passed := time.monotonic() - began) < 60 * options.minutes:
             memory.append((passed, await asyncio.to_thread(memory_of_children)))
@@ -160,6 +164,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48, help="longest answer")
     parser.add_argument("--sample", type=int, default=300, help="answers that the oracle reads")
+    parser.add_argument("--plain", action="store_true", help="ask plain vLLM instead")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -168,9 +173,11 @@ def main() -> int:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     roots = [word for folder in options.deltas for word in ("--delta-root", str(folder.parent))]
     with tempfile.TemporaryDirectory(prefix="cmc-soak-") as work:
-        state = ["--delta-state", f"{work}/state.json", "--delta-memory", "2", "--max-num-seqs", "32"]
-        with server(OURS, options.user, [*ENGINE, *state, *roots], Path(work) / "ours.log") as url:
-            seen, memory = asyncio.run(soak(url, options))
+        words = [*ENGINE, "--max-num-seqs", "32"]
+        if not options.plain:
+            words += ["--delta-state", f"{work}/state.json", "--delta-memory", "2", *roots]
+        with server(PLAIN_VLLM if options.plain else OURS, options.user, words, Path(work) / "server.log") as url:
+            seen, memory = asyncio.run(soak(url, options, () if options.plain else NAMES))
         answered_there: list[str] = []
         if seen.failed:
             with server(PLAIN_VLLM, options.user, ENGINE, Path(work) / "plain.log") as url:
@@ -189,6 +196,7 @@ def main() -> int:
     for problem in problems[:20]:
         print(f"PROBLEM {problem}", file=sys.stderr)
     report = {"benchmark": "soak", "machine": describe_machine("torch", "transformers")}
+    report |= {"server": "plain vLLM" if options.plain else "cmc-server"}
     report |= {"minutes": options.minutes, "clients": options.clients, "seed": options.seed, "statuses": statuses}
     report |= {"failed": len(seen.failed), "finished_greedy": seen.num_answered, "judged": judged}
     report |= {"memory_mib": [[round(at), size >> 20] for at, size in memory[:: max(1, len(memory) // 30)]]}

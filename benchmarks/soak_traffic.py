@@ -130,7 +130,7 @@ class Client:
         prompt = self._draw.choice(PROMPTS)
         body: dict[str, Any] = {"max_tokens": self._draw.randint(1, self._max_tokens), "return_token_ids": True}
         body |= {"temperature": self._draw.choice([0, 0, 0, 1]), "model": USER}
-        chosen = self._draw.sample(list(self._names), self._draw.choice([0, 1, 1, 2]))
+        chosen = self._draw.sample(list(self._names), min(self._draw.choice([0, 1, 1, 2]), len(self._names)))
         if chosen and self._draw.random() < 0.3:
             body["model"] = "+".join(f"{name}@{self._draw.choice(STRENGTHS):g}" for name in chosen)
         elif chosen:
@@ -198,7 +198,7 @@ class Client:
         if reason not in ("stop", "length"):
             self._seen.broken.append(f"an answer of {len(ids)} tokens ended with {reason!r}")
         elif body["temperature"] == 0:
-            doses = parse_doses(answer.headers["x-cmc-deltas"])
+            doses = parse_doses(answer.headers["x-cmc-deltas"]) if self._names else ()
             self._seen.keep(
                 Answered(body.get("messages") or body["prompt"], tuple(ids), doses), self._sample, self._draw
             )

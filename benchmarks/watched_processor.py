@@ -23,6 +23,8 @@ class WatchedProcessor(DeltaLogitsProcessor):
         base = [row for row in range(before.shape[0]) if row not in steered]
         changed = sum(not torch.equal(before[row], after[row]) for row in base)
         entry = {"base_rows": len(base), "changed": changed, "runner": "v1" if ctx is None else "v2"}
+        if ctx is not None:  # rows whose last token the host did not know
+            entry["unseen"] = sum(tracked.is_unseen for tracked in self._v2._requests.values())
         with Path(os.environ["CMC_PARITY_LOG"]).open("a") as log:
             log.write(json.dumps(entry) + "\n")
         return after

@@ -50,6 +50,8 @@ class TestParity:
         report = parity(getattr(demo_models, user), "v2", "--prompts 1 --tokens 8 --strengths 0 2", MRV2)
         assert report["runner"] == ["v2"]
         assert report["base_rows_compared"] > 0
+        # Tokens of one vocabulary stay on the device; those of two are spelled on the host.
+        assert (report["rows_with_unseen_tokens"] > 0) == (user == "smollm2")
 
 
 @pytest.mark.e2e
@@ -68,6 +70,7 @@ class TestParityUnderPreemption:
         report = parity(demo_models.smollm2, "v2", options, {**MRV2, **ASYNC})
         assert report["preemptions"] > 0
         assert report["async_scheduling"]
+        assert report["rows_with_unseen_tokens"] > 0
 
 
 @pytest.mark.e2e
