@@ -52,7 +52,8 @@ class Lab:
 
     def _words(self, *more: str | Path) -> list[str | Path]:
         words: list[str | Path] = ["sparsify", demo_model("smollm2"), "--sparsity", str(self.sparsity)]
-        return [*words, "--calibrate", self.files["train"], "--length", "512", *more]
+        words += ["--calibrate", self.files["train"], "--sequences", str(self.options.sequences), "--length", "512"]
+        return [*words, *more]
 
     def adapter(self, method: str, rate: float, seed: int) -> dict[str, float]:
         """Losses of the LLM with an adapter merged into it."""
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3])
     parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--sequences", type=int, default=128, help="of 512 tokens that pruning is calibrated on")
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -140,6 +142,7 @@ def main() -> None:
             results.append({"sparsity": sparsity, "by": name, "rate": rate, "tried": tried, "losses": losses})
             print(table(results), flush=True)
     report = {"benchmark": "healing", "machine": describe_machine("torch", "transformers"), "texts": options.texts}
+    report["sequences"] = options.sequences
     keep(report | {"results": results}, options.output)
 
 

@@ -8,6 +8,7 @@ An engine adapter knows rows and requests; the controller knows *slots*, numbers
     advance_unseen(slot), see(slot, token_id)    the same in two parts, where the device knows the token first
     begin(slots, device)         the next shift will want these; optional
     shift(rows, logits)          add the deltas to the rows of some slots, in place
+    prefill(slots, device)       let deltas read ahead for later shifts; optional
     release(slot)                the request is gone
 
 A delta that fails never turns into base output: its row is forced to the reserved token, which ends the request.
@@ -85,7 +86,8 @@ class DeltaController:
         self._watch = TopWatch()
         #: By the names of all deltas that were ever loaded.
         self.counts: dict[str, DeltaCounts] = {}
-        self._passes = DeltaPasses(self.counts, self._fail, runs=self.is_leader, defers=self._defers)
+        defers = reserved_token_id is not None and exchange is None
+        self._passes = DeltaPasses(self.counts, self._fail, runs=self.is_leader, defers=defers)
 
     @property
     def deltas(self) -> Mapping[str, LoadedDelta]:
@@ -184,8 +186,9 @@ class DeltaController:
             num_columns: of the user LLM's logits; any of them may be sampled.
         """
         request = self._requests[slot]
-        known = self._overlaps and self._defers and not request.failed
-        return known and all(
+        if not self._overlaps or self._exchange is not None or request.failed:
+            return False
+        return all(
             stream.can_read_unseen and num_columns <= len(stream.delta.speller.follows) for stream in request.streams
         )
 
@@ -270,10 +273,21 @@ class DeltaController:
             look.count([stream.counts.top for stream in healthy[look.row].streams])
         return logits
 
-    @property
-    def _defers(self) -> bool:
-        """Whether a fault may be noted a step later than it is acted on."""
-        return self._reserved is not None and self._exchange is None
+    def prefill(self, slots: Sequence[int], device: torch.device) -> None:
+        """Let the deltas read on in prompts that the user LLM has not read to their end; the next steps do not wait.
+
+        Args:
+            slots: of admitted requests that :meth:`shift` does not yet want.
+            device: where the logits will be.
+        """
+        if not self._overlaps:
+            return
+        self._finish_ahead()
+        read = partial(self._passes.prefill, self._running(slots))
+        if device.type == "cuda":
+            self._side_stream.queue(read, device)
+        else:
+            read()
 
     def _running(self, slots: Sequence[int]) -> list[Request]:
         return [request for slot in slots if not (request := self._requests[slot]).failed]

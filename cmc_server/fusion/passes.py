@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from sys import maxsize
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cmc_server.delta.runner import Feed
+from cmc_server.delta.capacity import BLOCK_SIZE
+from cmc_server.delta.runner import MAX_TOKENS, Feed
 from cmc_server.delta.transfer import Arrival, on_device
 from cmc_server.fusion.counts import DeltaCounts, Pass
 from cmc_server.fusion.loaded import LoadedDelta
@@ -70,13 +72,9 @@ class DeltaPasses:
             device: where the logits will be.
             unseen: the last token of each of the requests.
         """
-        by_delta: dict[LoadedDelta, list[tuple[int, Request, Stream]]] = {}
-        for place, request in enumerate(requests):
-            for stream in request.streams:
-                by_delta.setdefault(stream.delta, []).append((place, request, stream))
         later = self._defers and (unseen is not None or device.type == "cuda")
         outputs = {}
-        for delta, members in by_delta.items():
+        for delta, members in _by_delta(requests).items():
             newest = None
             if unseen is not None:
                 newest = select_rows(unseen.ids, [unseen.places[place] for place, _, _ in members])
@@ -86,6 +84,37 @@ class DeltaPasses:
                 logits = torch.zeros(len(pairs), delta.runner.vocab_size, device=device)
             outputs[delta] = Output(logits, {id(stream): row for row, (_, stream) in enumerate(pairs)}, finite)
         return outputs
+
+    def prefill(self, requests: Sequence[Request]) -> None:
+        """Let deltas read ahead: for each delta a bounded number of tokens, and never a row's last one."""
+        for delta, members in _by_delta(requests if self._runs else ()).items():
+            pairs = [(request, stream) for _, request, stream in members]
+            num_tokens = delta.runner.num_tokens
+            try:
+                self._prefill(delta, pairs)
+            except Exception as error:  # any cause must end the requests, never the engine
+                self._fail_all(delta, pairs, error)
+            self._counts[delta.name].read += delta.runner.num_tokens - num_tokens
+
+    def _prefill(self, delta: LoadedDelta, pairs: list[tuple[Request, Stream]]) -> None:
+        budget = MAX_TOKENS
+        ahead: list[tuple[Stream, Feed]] = []
+        for request, stream in pairs:
+            # Whole blocks, so that the next piece may find some that are cached already.
+            most = (stream.keep + budget) // BLOCK_SIZE * BLOCK_SIZE
+            stop = min(len(stream.text.ids) - stream.dropped - 1, most)
+            if stop > stream.keep and self._cache(request, stream, pairs):
+                budget -= stop - stream.keep
+                ahead.append((stream, _feed(stream, stop)))
+        if ahead:
+            delta.runner.forward([feed for _, feed in ahead])
+        for stream, feed in ahead:
+            stream.note_prefilled(len(feed.ids))
+
+    def _fail_all(self, delta: LoadedDelta, pairs: list[tuple[Request, Stream]], error: Exception) -> None:
+        for request, stream in pairs:
+            self.drop(stream)
+            self._fail(request, f"delta {delta.name!r} failed: {error}", delta.name)
 
     def _run(
         self, pairs: list[tuple[Request, Stream]], newest: Tensor | None, later: bool
@@ -115,10 +144,8 @@ class DeltaPasses:
             arrival = Arrival.of(finite)
             if not later:
                 arrival.wait()  # what goes wrong on a device is raised here
-        except Exception as error:  # see admit
-            for request, stream in pairs:
-                self.drop(stream)
-                self._fail(request, f"delta {delta.name!r} failed: {error}", delta.name)
+        except Exception as error:  # see prefill
+            self._fail_all(delta, pairs, error)
             return None, None
         counts.read += runner.num_tokens - num_tokens
         judged = []
@@ -165,7 +192,16 @@ class DeltaPasses:
         return True
 
 
-def _feed(stream: Stream) -> Feed:
-    """What a stream that holds a cached sequence gives its delta to read."""
+def _by_delta(requests: Sequence[Request]) -> dict[LoadedDelta, list[tuple[int, Request, Stream]]]:
+    """The streams of each delta, with the place of their request."""
+    found: dict[LoadedDelta, list[tuple[int, Request, Stream]]] = {}
+    for place, request in enumerate(requests):
+        for stream in request.streams:
+            found.setdefault(stream.delta, []).append((place, request, stream))
+    return found
+
+
+def _feed(stream: Stream, stop: int | None = None) -> Feed:
+    """What a stream that holds a cached sequence gives its delta to read: its window, or the first ids of that."""
     assert stream.sequence is not None, "see _cache"
-    return Feed(stream.sequence, stream.window(), stream.keep, stream.num_settled)
+    return Feed(stream.sequence, stream.window()[:stop], stream.keep, min(stream.num_settled, stop or maxsize))

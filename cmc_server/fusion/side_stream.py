@@ -30,19 +30,27 @@ class SideStream:
             device: of the current stream.
             unseen: what the function reads of the current stream's work.
         """
-        main = torch.cuda.current_stream(device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(main)
+        main, side = torch.cuda.current_stream(device), self._get(device)
         if unseen is not None:
-            unseen.ids.record_stream(self._stream)  # or its memory would be used again too early
+            unseen.ids.record_stream(side)  # or its memory would be used again too early
             if unseen.ready is not None:
-                self._stream.wait_event(unseen.ready)
-        with torch.cuda.stream(self._stream):
+                side.wait_event(unseen.ready)
+        with torch.cuda.stream(side):
             outputs = function()
-        main.wait_stream(self._stream)
+        main.wait_stream(side)
         for output in outputs.values():
             for tensor in (output.logits, output.finite):
                 if tensor is not None:
                     tensor.record_stream(main)
         return outputs
+
+    def queue(self, function: Callable[[], None], device: torch.device) -> None:
+        """Run what nobody waits for, behind all that was queued in this way."""
+        with torch.cuda.stream(self._get(device)):
+            function()
+
+    def _get(self, device: torch.device) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        return self._stream

@@ -110,6 +110,10 @@ class Stream:
         self.counts.recomputed += max(0, num_fed - num_new)
         self.keep, self.num_read = num_ids, len(self.text.ids)
 
+    def note_prefilled(self, num_ids: int) -> None:
+        """The same of the first ``num_ids`` ids of the window; more are left to read."""
+        self.keep, self.num_read = num_ids, num_ids + self.dropped
+
 
 @dataclass(eq=False)
 class Request:

@@ -103,14 +103,22 @@ class V2Adapter:
         """Give new tokens to the controller, then let it change the rows that will be sampled from."""
         rows: list[tuple[int, int]] = []
         lengths: dict[int, int] = {}
+        reading: list[int] = []
         slots = ctx.idx_mapping_np.tolist()
         for row, (slot, length) in enumerate(zip(slots, ctx.seq_lens_upper_bound_np.tolist(), strict=True)):
-            # A row whose prompt is not complete yet is thrown away by vLLM.
-            if slot in self._requests and length >= self._states.prefill_len.np[slot]:
-                rows.append((row, slot))
-                lengths[slot] = length  # exact without speculative decoding, which is refused at the start
-        if not rows:
-            return logits
+            if slot not in self._requests:
+                continue
+            if length < self._states.prefill_len.np[slot]:
+                reading.append(slot)  # vLLM throws this row away
+                continue
+            rows.append((row, slot))
+            lengths[slot] = length  # exact without speculative decoding, which is refused at the start
+        if rows:
+            self._shift(rows, lengths, logits)
+        self._read_ahead(reading)
+        return logits
+
+    def _shift(self, rows: list[tuple[int, int]], lengths: dict[int, int], logits: Tensor) -> None:
         newest = self._copies.pop() if self._copies else None
         while self._copies:
             self._take_in(self._copies.popleft())
@@ -123,7 +131,19 @@ class V2Adapter:
         for slot, length in lengths.items():
             self._follow(slot, length)
         self._recent = list(lengths)
-        return self._controller.shift(rows, logits, unseen)
+        self._controller.shift(rows, logits, unseen)
+
+    def _read_ahead(self, slots: list[int]) -> None:
+        """Let the deltas read prompts of which the user LLM still reads the beginning."""
+        ready = []
+        for slot in slots:
+            tracked = self._requests[slot]
+            if tracked.known is None and tracked.tokens is not None and tracked.tokens.is_there:
+                self._follow(slot, int(self._states.prefill_len.np[slot]))
+            if tracked.known is not None:
+                ready.append(slot)
+        if ready:
+            self._controller.prefill(ready, self._states.device)
 
     def _leave_unseen(self, copy: _Copy, lengths: dict[int, int], num_columns: int) -> Unseen | None:
         """Let each request grow by a token that stays on the device, if that is possible for all that grew.

@@ -228,6 +228,68 @@ def test_what_was_begun_for_others_is_not_used(controller: DeltaController, orac
     check([1, 2])
 
 
+class TestReadingAhead:
+    """Deltas that read prompts while the user LLM is not done with its own."""
+
+    def test_in_pieces_beside_others(
+        self, steered: Steered, oracle: ReferenceFusedLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cmc_server.fusion.passes.MAX_TOKENS", 32)
+        controller = DeltaController(RESERVED)
+        for name in steered.deltas:
+            controller.load(steered.load(name))
+        size = oracle.vocabulary.size
+        draw = random.Random(0)
+        shared = [draw.randrange(size) for _ in range(70)]
+        running = Request([3, 4], {"same": 1.0})
+        late = [
+            Request([*shared, 7], {"same": 1.0, "other": 0.5}),
+            Request([*shared, 8], {"same": -1.0}),
+            Request([5], {"words": 1}),
+        ]
+        controller.admit(0, running.prompt, running.steering)
+        for slot, request in enumerate(late, 1):
+            controller.admit(slot, request.prompt, request.steering)
+        for _ in range(6):
+            step(controller, oracle, [(0, running)])
+            before = controller.counts["same"].read
+            controller.prefill([1, 2, 3], torch.device("cpu"))
+            assert controller.counts["same"].read - before <= 32
+            running.response.append(draw.randrange(size))
+            controller.advance(0, running.response[-1:])
+        before = controller.counts["same"].read
+        step(controller, oracle, [(0, running), *enumerate(late, 1)])
+        assert controller.counts["same"].read == before + 3  # each row's last token
+        assert controller.counts["same"].recomputed == 0
+        window = controller.deltas["other"].runner.context_length
+        assert len(shared) > window > controller.counts["other"].read - 1
+
+    def test_a_fault_ends_only_those_that_read(
+        self, steered: Steered, oracle: ReferenceFusedLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        controller = DeltaController(RESERVED)
+        controller.load(steered.load("same"))
+        controller.admit(0, [3, 4], Request([], {"same": 1.0}).steering)
+        controller.admit(1, list(range(40, 80)), Request([], {"same": 1.0}).steering)
+
+        def explode(*_: object) -> None:
+            raise RuntimeError("boom")
+
+        monkeypatch.setattr(controller.deltas["same"].runner, "_logits", explode)
+        controller.prefill([1], torch.device("cpu"))
+        monkeypatch.undo()
+        after = controller.shift([(0, 0), (1, 1)], torch.zeros(2, oracle.vocabulary.size))
+        assert_ended(after[1])
+        assert torch.isfinite(after[0]).sum() == after.shape[1] - 1
+
+    def test_switched_off(self, steered: Steered) -> None:
+        controller = DeltaController(RESERVED, fast_paths=FAST_PATHS - {"overlap"})
+        controller.load(steered.load("same"))
+        controller.admit(0, list(range(40, 80)), Request([], {"same": 1.0}).steering)
+        controller.prefill([0], torch.device("cpu"))
+        assert controller.counts["same"].read == 0
+
+
 class TestUnseen:
     """Tokens that the device knows before the host does."""
 

@@ -48,6 +48,10 @@ class Recorder:
         self.open.remove(slot)
         self.tokens[slot].append(token_id)
 
+    def prefill(self, slots: Sequence[int], _: torch.device) -> None:
+        assert all(not self.tokens[slot] for slot in slots)
+        self.read_ahead = [self.prompts[slot] for slot in slots]
+
     def release(self, slot: int) -> None:
         self.open.discard(slot)
         self.prompts.pop(slot, None)
@@ -130,6 +134,7 @@ def test_base_rows_and_prompts_that_are_not_complete_are_left_out(runner: Runner
     runner.add(3, [4, 4, 4])
     runner.step({1: 9, 0: 10}, partial=[3])
     assert seen(runner) == {0: ([1, 2], [])}
+    assert runner.controller.read_ahead == [[4, 4, 4]]
     runner.step({0: 11, 3: 30, 1: 9})
     assert seen(runner) == {0: ([1, 2], [10]), 3: ([4, 4, 4], [])}
 
