@@ -10,12 +10,11 @@ from typing import Any
 from cmc_server.api.words import delta_words
 from cmc_server.config import EngineSettings
 from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
+from cmc_server.delta.mapping import map_delta
 from cmc_server.delta.store import DeltaArtifact, open_delta
-from cmc_server.errors import ConfigError, DeltaError
+from cmc_server.errors import ConfigError
 from cmc_server.vocab.reserved import pick_reserved_token
-from cmc_server.vocab.special import read_overrides
 from cmc_server.vocab.surface import Vocabulary, load_tokenizer, read_generation_config, read_vocabulary
-from cmc_server.vocab.vocab_map import cached_map
 
 
 @dataclass(frozen=True)
@@ -103,24 +102,12 @@ def check_delta(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabul
             f"The delta {artifact.name!r} has the strength {artifact.strength:g}, outside {low:g} to {high:g}; "
             f"give another with --delta {artifact.name}=PATH@STRENGTH or widen --strength-bounds."
         )
-    coverage = _coverage(artifact, settings, user)
-    if coverage < settings.min_coverage and not settings.force_coverage:
-        raise DeltaError(
-            f"The delta {artifact.name!r} knows only {coverage:.1%} of the model's ordinary tokens, less than "
-            f"{settings.min_coverage:.0%}; use one with a closer vocabulary, or --force-coverage."
-        )
+    # The map is left in the cache for the workers.
+    coverage = map_delta(artifact.name, delta_words(artifact).vocabulary, user, settings).coverage
     return (
         f"delta {artifact.name}: version {artifact.version}, coverage {coverage:.1%}, strength {artifact.strength:g}, "
         f"from {artifact.path}"
     )
-
-
-def _coverage(artifact: DeltaArtifact, settings: EngineSettings, user: Vocabulary) -> float:
-    """Share of the user's ordinary tokens that the map covers; the map is left in the cache for the workers."""
-    delta = delta_words(artifact).vocabulary
-    overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
-    cache = Path(settings.cache_dir) if settings.cache_dir else None
-    return cached_map(user, delta, overrides, cache).coverage
 
 
 def _template_tokens(user: Vocabulary, tokenizer: Any, override: str | None) -> set[int]:

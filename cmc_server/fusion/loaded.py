@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from cmc_server.config import DeltaSource, EngineSettings
+from cmc_server.delta.mapping import map_delta
 from cmc_server.delta.prompt import PromptEncoder
 from cmc_server.delta.runner import DeltaRunner
 from cmc_server.delta.spelling import Speller
 from cmc_server.delta.store import DeltaArtifact, open_delta, vocabulary_version
-from cmc_server.errors import DeltaError, MapError
-from cmc_server.vocab.special import read_overrides
+from cmc_server.errors import MapError
 from cmc_server.vocab.surface import Vocabulary, read_generation_config, read_vocabulary
-from cmc_server.vocab.vocab_map import VocabularyMap, cached_map
+from cmc_server.vocab.vocab_map import VocabularyMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,12 +111,7 @@ class DeltaLoader:
             MapError: the map cannot be built, or does not fit the delta.
         """
         words = self._words_of(artifact)
-        settings, vocab_map = self._settings, words.vocab_map
-        if vocab_map.coverage < settings.min_coverage and not settings.force_coverage:
-            raise DeltaError(
-                f"The delta {artifact.name!r} knows only {vocab_map.coverage:.0%} of the user LLM's tokens, less than "
-                f"{settings.min_coverage:.0%}; force it with --force-coverage if that is what you want."
-            )
+        settings = self._settings
         runner = DeltaRunner(
             artifact,
             max_seqs=self._max_seqs,
@@ -130,14 +124,14 @@ class DeltaLoader:
             runner=runner,
             words=words,
             encoder=PromptEncoder(words.tokenizer, artifact.manifest),
-            delta_ids=map_tensor(vocab_map, runner.vocab_size, self._device),
+            delta_ids=map_tensor(words.vocab_map, runner.vocab_size, self._device),
         )
 
     def keep_words(self, artifact: DeltaArtifact) -> None:
         """Make what deltas of its vocabulary have in common, and keep it: reading it later would halt a step.
 
         Raises:
-            DeltaError: its tokenizer cannot be used.
+            DeltaError: its tokenizer cannot be used, or its map covers too little of the user vocabulary.
             MapError: the map cannot be built.
         """
         self._kept.append(self._words_of(artifact))
@@ -147,12 +141,9 @@ class DeltaLoader:
         key = f"{vocabulary_version(artifact.path)} {artifact.vocab_size}"
         words = self._words.get(key)
         if words is None:
-            settings = self._settings
             tokenizer = artifact.tokenizer()
             delta = read_vocabulary(tokenizer, read_generation_config(str(artifact.path)))
-            overrides = read_overrides(Path(settings.map_overrides)) if settings.map_overrides else None
-            cache = Path(settings.cache_dir) if settings.cache_dir else None
-            vocab_map = cached_map(self._user, delta, overrides, cache)
+            vocab_map = map_delta(artifact.name, delta, self._user, self._settings)
             words = Words(tokenizer, vocab_map, Speller(self._user, delta, vocab_map, tokenizer))
             self._words[key] = words
         return words
