@@ -26,13 +26,11 @@ import numpy as np
 import yaml
 from benchmark_report import describe_machine, keep
 from concise_sweep import DEMO, read_prompts
+from delta_texts import write_texts
 from expo_strength import beginning
 from packed_delta import as_chat
 from unlearning import GRAD_DIFF, RECIPES, make, run
 
-from cmc_server.config import DeltaSource
-from cmc_server.delta.prompt import PromptEncoder
-from cmc_server.delta.store import open_delta
 from cmc_server.evaluation.prompts import NEUTRAL_TEXTS
 from cmc_server.evaluation.tofu_data import read_tofu
 from cmc_server.fusion.scoring import FusedLM
@@ -88,11 +86,7 @@ def texts_of(part: str, delta: Path, path: Path) -> Path:
         chats = [json.loads(line)["messages"] for line in lines]
     else:
         chats = [as_chat(item.question, item.answer) for item in read_tofu()["forget"]]
-    artifact = open_delta(DeltaSource(name="d", path=str(delta)))
-    encoder = PromptEncoder(artifact.tokenizer(), artifact.manifest)
-    records = [{"prompt": encoder.render(chat[:-1]), "response": chat[-1]["content"]} for chat in chats]
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
-    return path
+    return write_texts(delta, chats, path)
 
 
 def merge(work: Path, parts: Mapping[str, Path], seed: int) -> dict[str, Path]:

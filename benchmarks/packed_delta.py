@@ -27,12 +27,10 @@ from typing import Any
 import numpy as np
 from benchmark_report import describe_machine, keep
 from concise_sweep import DEMO, read_prompts
+from delta_texts import Chat, write_texts
 from numpy.typing import NDArray
 from servers import OURS, server
 
-from cmc_server.config import DeltaSource
-from cmc_server.delta.prompt import PromptEncoder
-from cmc_server.delta.store import open_delta
 from cmc_server.evaluation.rouge import rouge_l_recall
 from cmc_server.evaluation.tofu_data import read_tofu
 from cmc_server.fusion.scoring import FusedLM
@@ -49,7 +47,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 MAX_TOKENS = {"concise": 80, "forget": 100}
 QUESTIONS = 40
-Chat = list[dict[str, str]]
 
 
 def training_chats(behaviour: str) -> list[Chat]:
@@ -71,18 +68,7 @@ def as_chat(question: str, answer: str) -> Chat:
 def make_variants(behaviour: str, work: Path) -> dict[str, Path]:
     """Folder by variant."""
     whole = DELTAS[behaviour]
-    artifact = open_delta(DeltaSource(name=behaviour, path=str(whole)))
-    encoder = PromptEncoder(artifact.tokenizer(), artifact.manifest)
-    texts = work / "texts.jsonl"
-    pairs = [(encoder.render(chat[:-1]), chat[-1]["content"]) for chat in training_chats(behaviour)]
-    longest = artifact.context_length or 0
-    texts.write_text(
-        "".join(
-            json.dumps({"prompt": prompt, "response": response}) + "\n"
-            for prompt, response in pairs
-            if len(encoder.encode(prompt)) < longest  # else nothing of the answer would be left
-        )
-    )
+    texts = write_texts(whole, training_chats(behaviour), work / "texts.jsonl")
     folders = {"whole": whole}
     for name, options in VARIANTS.items():
         folders[name] = work / name

@@ -96,7 +96,7 @@ async def visit_shapes(http: httpx.AsyncClient) -> None:
     megabyte in all. vLLM keeps it for the last 128 numbers (``primitive_cache_size`` in its ``_custom_ops.py``), oneDNN
     itself for the last 1,024 pairs of number and shape. Until both are full, memory grows, under plain vLLM as well.
     """
-    for length in range(2, 502):
+    for length in range(2, 302):
         body = {"model": USER, "prompt": [100 + length % 1000] * length, "max_tokens": 1}
         (await http.post("/v1/completions", json=body)).raise_for_status()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmc_server.config import DeltaSource
 from cmc_server.delta.store import DeltaArtifact, open_delta
+from cmc_server.delta.trim import trim_memory
 from cmc_server.delta.turns import short_turns
 from cmc_server.errors import CapacityError, CmcError, DeltaError
 from cmc_server.fusion.beside import Beside
@@ -96,7 +97,9 @@ class Shelf:
         order.num_bytes = num_bytes
         self._reserve = None
         with short_turns():
-            return self._load(artifact)
+            loaded = self._load(artifact)
+        trim_memory()  # what loading has used, and deltas that went before it
+        return loaded
 
     def state(self, name: str) -> dict[str, Any]:
         """How far a delta is: ``ready``, ``loading``, or ``failed`` with the ``reason``."""
