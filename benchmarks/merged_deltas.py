@@ -38,7 +38,7 @@ from cmc_server.fusion.scoring import FusedLM
 DATA = DEMO / "data"
 PARTS = ("concise", "forget")
 METHODS = ("task-arithmetic", "ties", "fisher", "regmean", "gradient-matching")
-#: Options beyond the method. Half of the weights: what two averages of two models amount to. The damping is the paper's.
+#: Options beyond the method: half of the weights, what two averages of two models amount to; the paper's damping.
 OPTIONS: dict[str, tuple[str, ...]] = {"ties": ("--drop", "0.5"), "gradient-matching": ("--damping", "1e-12")}
 MAX_TOKENS, MAX_LENGTH = 80, 1024
 FIGURES = ("length", "P, forget", "P, retain", "neutral loss")
