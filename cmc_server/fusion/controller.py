@@ -115,7 +115,6 @@ class DeltaController:
         if delta.name in self._deltas:
             self.unload(delta.name)
         self._deltas[delta.name] = delta
-        self._passes.add(delta)
         self.counts.setdefault(delta.name, DeltaCounts())
 
     def unload(self, name: str) -> None:
@@ -368,8 +367,6 @@ class DeltaController:
             if delta is None or not self.num_running(delta):
                 self._retired.discard(key)
                 self._kept.pop(key, None)
-                if delta is not None:
-                    self._passes.remove(delta)
 
     def _fail(self, request: Request, reason: str, *names: str) -> None:
         """End a request because of these deltas."""

@@ -39,23 +39,19 @@ class DeltaPasses:
     def __init__(self, counts: Mapping[str, DeltaCounts], fail: Fail, *, runs: bool, defers: bool) -> None:
         self._counts, self._fail = counts, fail
         self._runs, self._defers = runs, defers
+        #: Of deltas that somebody has something cached of; nothing else here may keep a delta alive.
         self._cached: dict[LoadedDelta, OrderedDict[int, Stream]] = {}
         self._verdicts: deque[Verdict] = deque()
-
-    def add(self, delta: LoadedDelta) -> None:
-        """A delta will run."""
-        self._cached.setdefault(delta, OrderedDict())
-
-    def remove(self, delta: LoadedDelta) -> None:
-        """It never will again."""
-        del self._cached[delta]
 
     def drop(self, stream: Stream) -> None:
         """Free what is cached of a stream."""
         if stream.sequence is not None:
             stream.sequence.free()
             stream.sequence, stream.keep = None, 0
-            del self._cached[stream.delta][id(stream)]
+            cached = self._cached[stream.delta]
+            del cached[id(stream)]
+            if not cached:
+                del self._cached[stream.delta]
 
     def hear(self) -> None:
         """Act on the verdicts that have arrived."""
@@ -174,7 +170,7 @@ class DeltaPasses:
 
     def _cache(self, request: Request, stream: Stream, pairs: list[tuple[Request, Stream]]) -> bool:
         """See that a stream holds a cached sequence, taking one from a row that is not in this step if need be."""
-        cached = self._cached[stream.delta]
+        cached = self._cached.get(stream.delta, OrderedDict())
         if stream.sequence is None:
             if len(cached) >= stream.delta.runner.max_seqs:
                 in_step = {id(other) for _, other in pairs}
@@ -187,8 +183,8 @@ class DeltaPasses:
                 self.drop(idle)
             stream.sequence, stream.keep = stream.delta.runner.new_sequence(), 0
             stream.counts.rebuilds += stream.num_read > 0
-            cached[id(stream)] = stream
-        cached.move_to_end(id(stream))
+            self._cached.setdefault(stream.delta, OrderedDict())[id(stream)] = stream
+        self._cached[stream.delta].move_to_end(id(stream))
         return True
 
 

@@ -84,7 +84,7 @@ class Shelf:
         name = source.name
         if name in self._orders:
             raise CapacityError(f"The delta {name!r} is being loaded already; try again when that is done.")
-        if (name, version) not in self._controller.kept:
+        if (name, version) not in self._controller.kept and not self._is_in_use(name, version):
             order = self._orders[name] = _Order(Future())
             order.loaded = self._beside.start(lambda: self._load_checked(source, version, order))
 
@@ -120,8 +120,8 @@ class Shelf:
         """Put a prepared delta into use, from the next step on."""
         order = self._orders.pop(name, None)
         if order is None:
-            restored = self._controller.restore(name, version)
-            assert restored, "a delta is prepared before it is committed"
+            ready = self._is_in_use(name, version) or self._controller.restore(name, version)
+            assert ready, "a delta is prepared before it is committed"
         else:
             self._controller.load(order.loaded.result())
         logger.info("Delta %s (version %s) is ready.", name, version)
@@ -131,6 +131,10 @@ class Shelf:
         order = self._orders.pop(name, None)
         if order is not None:
             order.loaded.cancel()
+
+    def _is_in_use(self, name: str, version: str) -> bool:
+        delta = self._controller.deltas.get(name)
+        return delta is not None and delta.artifact.version == version
 
     def _check_room(self, name: str, num_bytes: int) -> None:
         taken = self._taken()

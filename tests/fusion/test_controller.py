@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -171,6 +173,27 @@ def test_what_was_begun_for_others_is_not_used(controller: DeltaController, orac
     controller.begin([1, 2], torch.device("cpu"))
     controller.release(0)
     check([1, 2])
+
+
+def test_a_delta_loaded_twice_is_forgotten_twice(steered: Steered) -> None:
+    """The same content again under the same name: the first copy must not outlive its last request."""
+    controller = DeltaController(RESERVED)
+    copies = []
+    for slot in range(3):
+        delta = steered.load("same")
+        copies.append(weakref.ref(delta))
+        controller.load(delta)
+        controller.admit(slot, [1, 2], [ActiveDelta(name="same", strength=1)])
+        controller.shift([(slot, slot)], torch.zeros(3, steered.vocabulary.size))
+    version = delta.artifact.version
+    del delta
+    controller.unload("same")
+    controller.retire("same", version)
+    for slot in range(3):
+        assert copies[slot]() is not None
+        controller.release(slot)
+    gc.collect()
+    assert [copy() for copy in copies] == [None] * 3
 
 
 def test_spare_cores() -> None:
