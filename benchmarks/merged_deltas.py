@@ -31,7 +31,7 @@ from expo_strength import beginning
 from packed_delta import as_chat
 from unlearning import GRAD_DIFF, RECIPES, make, run
 
-from cmc_server.evaluation.prompts import NEUTRAL_TEXTS
+from cmc_server.evaluation.prompts import NEUTRAL_TEXTS, read_tasks
 from cmc_server.evaluation.tofu_data import read_tofu
 from cmc_server.fusion.scoring import FusedLM
 
@@ -124,10 +124,7 @@ def measure(model: FusedLM, doses: dict[str, float]) -> dict[str, list[float]]:
     for name, limit in (("forget", 40), ("retain", 40)):
         pairs: list[Any] = [(as_chat(item.question, "")[:1], item.answer) for item in sets[name][:limit]]
         found[f"P, {name}"] = [float(one.mean().exp()) for one in model.score_batch(pairs, doses)]
-    neutral: list[Any] = [
-        (record["prompt"], record["response"])
-        for record in map(json.loads, NEUTRAL_TEXTS.read_text(encoding="utf-8").splitlines())
-    ]
+    neutral: list[Any] = [(task.prompt, task.reference) for task in read_tasks(NEUTRAL_TEXTS)]
     found["neutral loss"] = [-float(one.mean()) for one in model.score_batch(neutral, doses)]
     return found
 
