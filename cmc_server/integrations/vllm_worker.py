@@ -13,6 +13,7 @@ from torch import Tensor
 from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.capacity import memory_needed, plan_seqs
 from cmc_server.delta.store import one_of_each_vocabulary, open_delta
+from cmc_server.delta.trim import trim_memory
 from cmc_server.errors import CmcError, ConfigError
 from cmc_server.fusion.beside import Beside, spare_cores
 from cmc_server.fusion.controller import DeltaController
@@ -128,6 +129,7 @@ def _read_vocabularies(loader: DeltaLoader, settings: EngineSettings) -> None:
             loader.keep_words(artifact)
         except CmcError as error:
             logger.warning("The vocabulary of %s cannot be used: %s", artifact.path, error)
+    trim_memory()  # what starting has left free, or the first delta to be loaded would have to wait for it
 
 
 def _beside(settings: EngineSettings) -> Beside | None:
