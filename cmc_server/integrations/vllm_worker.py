@@ -112,6 +112,7 @@ def _load_deltas(deltas: WorkerDeltas, settings: EngineSettings, vllm_config: Vl
         logger.info("Delta %s (version %s) is ready.", loaded.name, loaded.artifact.version)
     if settings.live:
         _read_vocabularies(loader, settings)
+        trim_memory()  # what starting has left free: else the first delta to be loaded hands it back, and steps wait
         deltas.shelf = Shelf(
             deltas,
             loader.load,
@@ -129,7 +130,6 @@ def _read_vocabularies(loader: DeltaLoader, settings: EngineSettings) -> None:
             loader.keep_words(artifact)
         except CmcError as error:
             logger.warning("The vocabulary of %s cannot be used: %s", artifact.path, error)
-    trim_memory()  # what starting has left free, or the first delta to be loaded would have to wait for it
 
 
 def _beside(settings: EngineSettings) -> Beside | None:
