@@ -43,8 +43,8 @@ from servers import OURS, PLAIN_VLLM, server
 PROMPT = "Tell me everything that you know about number {number}, from the beginning to the end, in your own words."
 PROMPT_TOKENS = 30
 KINDS = ("plain", "base", "delta", "two", "mixed", "lora")
-#: How many deltas run on a row, on average.
-DELTAS_PER_ROW = {"delta": 1.0, "two": 2.0, "mixed": 0.5}
+#: How many deltas run.
+NUM_DELTAS = {"delta": 1, "two": 2, "mixed": 1}
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,18 @@ def measure(
                 if number:
                     rounds[kind].append(played)
             print(f"{concurrent} concurrent, round {number} of {options.pairs}", file=sys.stderr)
-        flops, moved = delta_cost(delta, concurrent, PROMPT_TOKENS + options.tokens // 2)
-        cost = max(flops / limits[0], moved / limits[1])
-        yield {"concurrent": concurrent, "delta_milliseconds": round(1e3 * cost, 2)} | summarise(
-            rounds, concurrent, cost
-        )
+        costs = {}
+        for kind in NUM_DELTAS:
+            # Half of the rows do not halve the cost: the weights are read once for any number of rows.
+            rows = sum(bool(extra) for extra in extras(kind, concurrent))
+            flops, moved = delta_cost(delta, rows, PROMPT_TOKENS + options.tokens // 2)
+            costs[kind] = NUM_DELTAS[kind] * max(flops / limits[0], moved / limits[1])
+        found = {"concurrent": concurrent, "delta_milliseconds": round(1e3 * costs["delta"], 2)}
+        yield found | summarise(rounds, concurrent, costs)
 
 
-def summarise(rounds: dict[str, list[Round]], concurrent: int, cost: float) -> dict[str, Any]:
-    """Medians, ratios of pairs with their intervals, and the bounds; ``cost`` is seconds of one delta's step."""
+def summarise(rounds: dict[str, list[Round]], concurrent: int, costs: dict[str, float]) -> dict[str, Any]:
+    """Medians, ratios of pairs with their intervals, and the bounds; ``costs`` is seconds of a step's deltas."""
     found: dict[str, Any] = {}
     base_kind = "base" if "base" in rounds else "plain"
     step = concurrent / statistics.median(one.throughput for one in rounds[base_kind])
@@ -132,9 +135,8 @@ def summarise(rounds: dict[str, list[Round]], concurrent: int, cost: float) -> d
         if kind != against:
             ratios = [one.throughput / other.throughput for one, other in zip(played, rounds[against], strict=True)]
             found[kind] |= {f"over_{against}": round(statistics.median(ratios), 4), "interval": interval(ratios)}
-        if kind in DELTAS_PER_ROW:
-            share = 1.0 if kind == "mixed" and concurrent == 1 else DELTAS_PER_ROW[kind]
-            found[kind]["bound"] = round(step / (step + share * cost), 4)
+        if kind in costs:
+            found[kind]["bound"] = round(step / (step + costs[kind]), 4)
         print(f"{concurrent:>3} concurrent, {kind}: {json.dumps(found[kind])}")
     return found
 

@@ -7,7 +7,8 @@ random logits of the user LLM's size. The delta has 7 million random weights and
 ``--delta`` it is another one. Prints, for each number of rows, the bound of the arithmetic alone and the milliseconds
 of each part (medians over the steps), the host's microseconds for each token, and how many delta tokens were computed
 for each output token: over the whole response and in each quarter of it. Host time is what is neither the model nor the
-rule. The last line is one JSON object.
+rule; what the model's pass leaves in the processor's cache makes it dearer, which --without-model leaves out. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from benchmark_report import describe_machine, keep
 from bounds import delta_cost, machine_limits
 from random_models import CONTEXT, write_random_delta
+from torch import Tensor
 
 import cmc_server.demo
 from cmc_server.config import FAST_PATHS, DeltaSource, EngineSettings, FastPath
@@ -78,7 +80,9 @@ def user_tokens(user: Path) -> list[int]:
     return ids
 
 
-def measure(user: Path, delta: Path, num_rows: int, tokens: int, fast_paths: frozenset[FastPath]) -> dict[str, Any]:
+def measure(
+    user: Path, delta: Path, num_rows: int, tokens: int, fast_paths: frozenset[FastPath], *, with_model: bool = True
+) -> dict[str, Any]:
     """Decode ``tokens`` tokens in ``num_rows`` rows."""
     vocabulary = read_vocabulary(load_tokenizer(str(user)), read_generation_config(str(user)))
     source = DeltaSource(name="delta", path=str(delta))
@@ -91,7 +95,7 @@ def measure(user: Path, delta: Path, num_rows: int, tokens: int, fast_paths: fro
     steered: Any = controller
     head = runner._model.get_output_embeddings()
     head.forward = clock.wrap("head", head.forward)
-    runner._logits = clock.wrap("model", runner._logits)
+    runner._logits = clock.wrap("model", runner._logits if with_model else always_the_same(runner.vocab_size))
     runner.forward = clock.wrap("forward", runner.forward)
     steered._apply_rule = clock.wrap("rule", steered._apply_rule)
     advance, shift = clock.wrap("advance", controller.advance), clock.wrap("shift", controller.shift)
@@ -127,6 +131,18 @@ def measure(user: Path, delta: Path, num_rows: int, tokens: int, fast_paths: fro
     }
 
 
+def always_the_same(vocab_size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """In place of a delta's model: the same random logits for every step with as many rows."""
+    kept: dict[int, Tensor] = {}
+
+    def logits(_ids: Tensor, _positions: Tensor, wanted: Tensor) -> Tensor:
+        if len(wanted) not in kept:
+            kept[len(wanted)] = torch.randn(len(wanted), vocab_size)
+        return kept[len(wanted)]
+
+    return logits
+
+
 def by_quarter(values: Sequence[float], digits: int) -> list[float]:
     """Means over the first to the last quarter of the response."""
     size = len(values) // 4
@@ -141,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 256])
     parser.add_argument("--tokens", type=int, nargs="+", default=[200], help="lengths of the responses")
     parser.add_argument("--fast-paths", nargs="*", choices=sorted(FAST_PATHS), default=sorted(FAST_PATHS))
+    parser.add_argument("--without-model", action="store_true", help="the host's work alone, with a warm cache")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if (options.template is None) == (options.delta is None):
@@ -154,12 +171,14 @@ def main() -> None:
             for rows in options.rows:
                 flops, moved = delta_cost(delta, rows, min(PROMPT + tokens // 2, CONTEXT))
                 bound = round(1e3 * max(flops / peak, moved / bandwidth), 3)
-                found = measure(options.user, delta, rows, tokens, frozenset(options.fast_paths))
+                paths = frozenset(options.fast_paths)
+                found = measure(options.user, delta, rows, tokens, paths, with_model=not options.without_model)
                 found = {"tokens": tokens, "bound_milliseconds": bound, **found}
                 print(json.dumps(found))
                 results.append(found)
     report = {"benchmark": "step", "machine": describe_machine("torch", "transformers"), "user": options.user.name}
     report |= {"delta": options.delta.name if options.delta else "7M, random", "results": results}
+    report["with_model"] = not options.without_model
     report |= {
         "fast_paths": options.fast_paths,
         "gemm_gflops": round(peak / 1e9, 1),

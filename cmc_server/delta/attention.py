@@ -86,9 +86,11 @@ class KeyValuePool:
 
         Args:
             slots: [T] int64, where each packed token's keys and values go: block * P + offset.
-            groups: the rows, each in one group.
+            groups: the rows, each in one group, on the host.
         """
-        self.slots, self.groups = slots, groups
+        device = self.cached.device
+        self.slots = slots
+        self.groups = groups if device.type == "cpu" else [group.to(device) for group in groups]
         self._visible = {}
 
     def clear(self, blocks: Sequence[int]) -> None:

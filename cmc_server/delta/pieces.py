@@ -72,7 +72,7 @@ def _within(limit: int | None, pieces: Sequence[Piece], short: list[int]) -> tup
     held = {index: _num_blocks(pieces[index]) for index in short}
     if limit is None or len(short) * max(held.values()) <= limit:
         return short, [len(short)]
-    order = sorted(short, key=lambda index: held[index], reverse=True)
+    order = sorted(short, key=held.__getitem__, reverse=True)
     sizes: list[int] = []
     done = 0
     while done < len(order):
@@ -92,8 +92,9 @@ def block_tables(blocks: Sequence[array[int]], held: Sequence[int], width: int) 
     """
     tables = np.empty((len(blocks), width), dtype=np.int64)
     for table, own, count in zip(tables, blocks, held, strict=True):
-        table[:count] = own[:count]
-        table[count:] = own[0]
+        table[:count] = own if len(own) == count else own[:count]
+        if count < width:
+            table[count:] = own[0]
     return tables
 
 
@@ -104,29 +105,29 @@ def _row_groups(
     members: list[int],
     sizes: list[int],
 ) -> list[RowGroup]:
-    """Groups of rows one after the other. Few tensors whatever the number of rows: this runs in every step."""
-    stops = np.array([pieces[index].stop for index in members])
-    counts = stops - np.array([pieces[index].start for index in members])
-    held = -(-stops // BLOCK_SIZE)
-    tables = block_tables([blocks[index] for index in members], held.tolist(), int(held.max()))
-    starts = torch.from_numpy(stops - counts).unsqueeze(1)
-    tokens = torch.tensor([offsets[index] for index in members]).unsqueeze(1)
-    query_positions, real = starts, None
-    if (width := int(counts.max())) > 1:
-        steps = torch.arange(width)
-        within = steps < torch.from_numpy(counts).unsqueeze(1)
-        tokens = torch.where(within, tokens + steps, tokens)
-        query_positions = torch.where(within, starts + steps, -1)
-        real = None if int(counts.min()) == width else within
+    """Groups of rows one after the other. Few operations, and those by numpy, which is cheaper: it runs in every step."""
+    rows = [pieces[index] for index in members]
+    counts = [piece.stop - piece.start for piece in rows]
+    positions = np.array([piece.start for piece in rows], dtype=np.int64)[:, None]
+    tokens = np.array([offsets[index] for index in members], dtype=np.int64)[:, None]
+    real: NDArray[np.bool_] | None = None
+    if (width := max(counts)) > 1:
+        steps = np.arange(width)
+        real = steps < np.array(counts)[:, None]
+        tokens, positions = np.where(real, tokens + steps, tokens), np.where(real, positions + steps, -1)
+        real = None if min(counts) == width else real
+    held = [_num_blocks(piece) for piece in rows]
+    tables = block_tables([blocks[index] for index in members], held, max(held))
     in_order = width == 1 and len(sizes) == 1 and len(members) == len(pieces)
-    return [
-        RowGroup(None if in_order else index, table[:, :longest], queries, mask)
-        for index, table, longest, queries, mask in zip(
-            tokens.split_with_sizes(sizes),
-            torch.from_numpy(tables).split_with_sizes(sizes),
-            np.maximum.reduceat(held, [0, *accumulate(sizes[:-1])]).tolist(),
-            query_positions.split_with_sizes(sizes),
-            [None] * len(sizes) if real is None else real.split_with_sizes(sizes),
-            strict=True,
+    groups = []
+    for stop, size in zip(accumulate(sizes), sizes, strict=True):
+        part = slice(stop - size, stop)
+        groups.append(
+            RowGroup(
+                None if in_order else torch.from_numpy(tokens[part]),
+                torch.from_numpy(tables[part, : max(held[part])]),
+                torch.from_numpy(positions[part]),
+                None if real is None else torch.from_numpy(real[part]),
+            )
         )
-    ]
+    return groups

@@ -186,7 +186,7 @@ class DeltaRunner:
             logits = self._graphs.run(ids, positions, slots, blocks, newest)
             if logits is not None:
                 return logits
-        groups = [group.to(self.device) for group in group_rows(pieces, offsets, blocks, self._gathered_blocks)]
+        groups = group_rows(pieces, offsets, blocks, self._gathered_blocks)
         self._pool.begin(on_device(slots, self.device), groups)
         last = [offset + piece.stop - piece.start - 1 for offset, piece in zip(offsets, pieces, strict=True)]
         rows = set(ended)

@@ -280,13 +280,5 @@ def byte_table(delta: Vocabulary) -> dict[int, int]:
     return {**table, **delta.byte_ids}
 
 
-def window_drop(length: int, context_length: int) -> int:
-    """How many tokens after the bos are dropped so that ``length`` fits the window, in steps of half a window."""
-    if length <= context_length:
-        return 0
-    step = max(1, context_length // 2)
-    return -(-(length - context_length) // step) * step
-
-
 def _decoder() -> codecs.IncrementalDecoder:
     return codecs.getincrementaldecoder("utf-8")("surrogateescape")

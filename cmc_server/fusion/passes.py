@@ -200,4 +200,4 @@ def _by_delta(requests: Sequence[Request]) -> dict[LoadedDelta, list[tuple[int, 
 def _feed(stream: Stream, stop: int | None = None) -> Feed:
     """What a stream that holds a cached sequence gives its delta to read: its window, or the first ids of that."""
     assert stream.sequence is not None, "see _cache"
-    return Feed(stream.sequence, stream.window()[:stop], stream.keep, min(stream.num_settled, stop or maxsize))
+    return Feed(stream.sequence, stream.window(stop), stream.keep, min(stream.num_settled, stop or maxsize))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cmc_server.config import Unmapped
 from cmc_server.delta.blocks import CachedSequence
-from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput, window_drop
+from cmc_server.delta.spelling import DeltaInput, WholeDeltaInput
 from cmc_server.delta.transfer import on_device
+from cmc_server.delta.window import Window, window_drop
 from cmc_server.fusion.counts import DeltaCounts
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.rule import Shift, spread_rows
@@ -98,10 +99,9 @@ class Stream:
         settled = self.text.num_settled
         return settled - self.dropped if settled >= self.num_bos + self.dropped else min(settled, self.num_bos)
 
-    def window(self) -> list[int]:
-        """The ids that the delta reads: all, or the bos and what is left behind the dropped ones."""
-        ids = self.text.ids
-        return ids[: self.num_bos] + ids[self.num_bos + self.dropped :] if self.dropped else ids
+    def window(self, stop: int | None = None) -> Window:
+        """The ids that the delta reads, or the first ``stop`` of them; to be used before the input grows."""
+        return Window(self.text.ids, self.num_bos, self.dropped, stop)
 
     def note_read(self, num_ids: int) -> None:
         """The delta has read the window, which has ``num_ids`` ids; from now on all of them are cached."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from cmc_server.delta.spelling import DeltaInput, Speller, window_drop
+from cmc_server.delta.spelling import DeltaInput, Speller
+from cmc_server.delta.window import window_drop
 
 
 @dataclass

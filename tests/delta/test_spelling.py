@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES
 from transformers import PreTrainedTokenizerBase
 
-from cmc_server.delta.spelling import DeltaInput, Speller, window_drop
+from cmc_server.delta.spelling import DeltaInput, Speller
 from cmc_server.vocab.pm_mined import MatchKind
 from cmc_server.vocab.surface import load_tokenizer, load_vocabulary, read_vocabulary
 from cmc_server.vocab.vocab_map import build_map
@@ -178,12 +178,3 @@ def test_special_tokens_inside_text_are_text(
     made = speller("byte_level_bpe", "sentencepiece_bpe")
     plain = tokenizers_by_family["byte_level_bpe"]("a</s>b", split_special_tokens=True)["input_ids"]
     assert tokenizers_by_family["sentencepiece_bpe"].eos_token_id not in made.spell(plain)
-
-
-@given(st.integers(0, 5000), st.integers(8, 600))
-def test_the_window_moves_in_large_steps(length: int, context: int) -> None:
-    dropped = window_drop(length, context)
-    assert dropped % (context // 2) == 0
-    assert 0 <= length - dropped <= context or length <= context
-    if length > context:
-        assert length - dropped > context - context // 2 - 1
