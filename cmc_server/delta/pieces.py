@@ -105,7 +105,7 @@ def _row_groups(
     members: list[int],
     sizes: list[int],
 ) -> list[RowGroup]:
-    """Groups of rows one after the other. Few operations, and those by numpy, which is cheaper: it runs in every step."""
+    """Groups of rows one after the other. Few operations, by numpy, which is cheaper: it runs in every step."""
     rows = [pieces[index] for index in members]
     counts = [piece.stop - piece.start for piece in rows]
     positions = np.array([piece.start for piece in rows], dtype=np.int64)[:, None]
