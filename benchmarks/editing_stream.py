@@ -1,16 +1,18 @@
-"""How fast `cmc-server edit` streams a checkpoint, beside a plain copy of the same bytes, and in how much memory.
+"""How fast `cmc-server edit` and `merge` stream a checkpoint, beside a copy of the same bytes, and in what memory.
 
     python benchmarks/editing_stream.py [--gigabytes 2] [--folder DIR] [--output REPORT.json]
 
-Makes a synthetic bfloat16 checkpoint and a trained copy of it in shards of half a gigabyte (a transformer's shapes:
-embeddings and square and wide matrices), then, in interleaved rounds, copies the trained one file by file and edits
-with each method, every run in a process of its own. Files are synchronised to the disk, and dropped from the page cache
-where that is allowed, so that both sides read and write the same disk. The time for loading Python's libraries is left
-out, and reported. Beside the wall clock stands the CPU time of each run, which other work on the machine disturbs less.
+Makes a synthetic bfloat16 checkpoint and two trained copies of it in shards of half a gigabyte (a transformer's shapes:
+embeddings and square and wide matrices), then, in interleaved rounds, copies a trained one file by file, edits it with
+each method and merges it with the other one (`task-arithmetic`), every run in a process of its own. Files are
+synchronised to the disk, and dropped from the page cache where that is allowed, so that all read and write the same
+disk. The time for loading Python's libraries is left out, and reported. Beside the wall clock stands the CPU time of
+each run, which other work on the machine disturbs less.
 
 The bound of an edit is set by what it must move: it reads two checkpoints and writes one where a copy reads one and
-writes one, so that at equal speeds of reading and writing it runs at 2/3 of the copy's speed. Peak memory counts what a
-run holds beyond the interpreter and its libraries; its bound is twice the largest shard.
+writes one, so that at equal speeds of reading and writing it runs at 2/3 of the copy's speed; a merge of two reads
+three and runs at 1/2. Peak memory counts what a run holds beyond the interpreter and its libraries; its bound is twice
+the largest shard.
 """
 
 from __future__ import annotations
@@ -34,13 +36,10 @@ from safetensors.torch import save_file
 
 HIDDEN, WIDE, VOCABULARY = 2048, 5632, 32_000
 SHARD_BYTES = 512 * 2**20
-METHODS = {
-    "expo": ["--method", "expo"],
-    "dare": ["--method", "dare"],
-    "magnitude": ["--method", "magnitude"],
-    "ties": ["--method", "ties"],
-    "bitdelta": ["--method", "bitdelta"],
-}
+EDITS = ("expo", "dare", "magnitude", "ties", "bitdelta")
+METHODS = (*EDITS, "merge")
+MERGE = ("--method", "task-arithmetic")
+TRAINED = ("post", "other")
 COPY = """
 import shutil, sys, time
 begin = time.perf_counter()
@@ -52,10 +51,11 @@ EDIT = """
 import contextlib, io, sys, time
 import torch, tqdm, tokenizers
 import cmc_server.editing.edit_command
+import cmc_server.editing.merge_command
 from cmc_server.cli import main
 begin = time.perf_counter()
 with contextlib.redirect_stdout(io.StringIO()):
-    assert not sys.argv[1:] or main(["edit", *sys.argv[1:]]) == 0
+    assert not sys.argv[1:] or main(sys.argv[1:]) == 0
 print(time.perf_counter() - begin)
 """
 
@@ -79,7 +79,8 @@ def main() -> None:
         # In a process of its own: a child's peak memory begins with that of the process that started it.
         subprocess.run([sys.executable, __file__, "--make", name, "--gigabytes", str(arguments.gigabytes)], check=True)
         sizes = [path.stat().st_size for path in sorted((folder / "post").glob("*.safetensors"))]
-        print(f"{sum(sizes) / 2**30:.2f} GiB in {len(sizes)} shards; bound by bytes moved: 0.67 of a copy", flush=True)
+        moved = "bound by bytes moved: 0.67 of a copy, 0.5 for a merge"
+        print(f"{sum(sizes) / 2**30:.2f} GiB in {len(sizes)} shards; {moved}", flush=True)
         begin = time.perf_counter()
         idle = _run(EDIT)
         startup = time.perf_counter() - begin
@@ -92,7 +93,7 @@ def main() -> None:
         "largest_shard_bytes": max(sizes),
         "rounds": arguments.rounds,
         "page_cache_dropped": _drop_cache([]),
-        "speed_bound": 2 / 3,
+        "speed_bound": {"edit": 2 / 3, "merge": 1 / 2},
         "copy": {"seconds": round(copy, 2), "bytes_per_second": round(sum(sizes) / copy)},
         "startup_seconds": round(startup, 2),
         "idle_process_bytes": idle.peak_bytes,
@@ -113,7 +114,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _make(folder: Path, size: int) -> None:
-    """The checkpoints ``base`` and ``post``."""
+    """The checkpoints ``base`` and, trained from it, ``post`` and ``other``."""
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     layer = 0
     while 2 * sum(rows * columns for rows, columns in shapes.values()) < size:
@@ -128,7 +129,7 @@ def _make(folder: Path, size: int) -> None:
             held = 0
         shards[-1].append(name)
         held += 2 * rows * columns
-    for which in ("base", "post"):
+    for which in ("base", *TRAINED):
         (folder / which).mkdir()
         (folder / which / "config.json").write_text("{}", "utf-8")
     weight_map = {}
@@ -138,26 +139,29 @@ def _make(folder: Path, size: int) -> None:
         weight_map |= dict.fromkeys(names, file)
         base = {name: 0.02 * torch.randn(shapes[name], generator=generator) for name in names}
         save_file({name: tensor.bfloat16() for name, tensor in base.items()}, folder / "base" / file)
-        for tensor in base.values():
-            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.002)
-        save_file({name: tensor.bfloat16() for name, tensor in base.items()}, folder / "post" / file)
+        for which in TRAINED:
+            trained = {
+                name: tensor + 0.002 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()
+            }
+            save_file({name: tensor.bfloat16() for name, tensor in trained.items()}, folder / which / file)
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    for which in ("base", "post"):
+    for which in ("base", *TRAINED):
         (folder / which / "model.safetensors.index.json").write_text(index, "utf-8")
 
 
 def _round(folder: Path, sizes: list[int], methods: list[str]) -> dict[str, Run]:
     """The copy and every method once."""
-    base, post, output = (folder / name for name in ("base", "post", "output"))
+    base, post, other, output = (folder / name for name in ("base", *TRAINED, "output"))
     results = {}
-    _drop_cache([base, post])
+    _drop_cache([base, post, other])
     output.mkdir()
     run = _run(COPY, post, output, *sorted(path.name for path in post.glob("*.safetensors")))
     results["copy"] = replace(run, seconds=run.seconds + _synchronise(output))
     shutil.rmtree(output)
     for method in methods:
-        _drop_cache([base, post])
-        run = _run(EDIT, base, post, "-o", output, *METHODS[method])
+        _drop_cache([base, post, other])
+        words = ["edit", base, post, "--method", method] if method in EDITS else ["merge", base, post, other, *MERGE]
+        run = _run(EDIT, *words, "-o", output)
         results[method] = replace(run, seconds=run.seconds + _synchronise(output))
         written = [path.stat().st_size for path in sorted(output.glob("*.safetensors"))]
         assert written == sizes, "the edit wrote another layout"

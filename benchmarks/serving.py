@@ -60,6 +60,8 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[list[flo
     """When each part of a streamed completion came, and how many tokens it had."""
     times, counted = [], 0
     async with client.stream("POST", "/v1/completions", json=body) as answer:
+        if ("cmc" in body) != (answer.headers.get("x-cmc-deltas", "none") != "none"):
+            raise SystemExit(f"asked for {body.get('cmc')}, answered with {answer.headers.get('x-cmc-deltas')}")
         async for line in answer.aiter_lines():
             if line.startswith('data: {"'):
                 times.append(time.perf_counter())

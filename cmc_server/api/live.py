@@ -12,13 +12,12 @@ from typing import Any, Final
 from cmc_server.api.catalog import Catalog, ServedDelta, serve
 from cmc_server.api.preflight import check_delta
 from cmc_server.api.state import LiveState, StateFile
-from cmc_server.api.words import DeltaWords, delta_words
+from cmc_server.api.words import DeltaWords, delta_words, user_vocabulary
 from cmc_server.config import DeltaSource, EngineSettings
 from cmc_server.delta.store import DeltaArtifact, one_of_each_vocabulary, open_delta
 from cmc_server.delta.turns import short_turns
 from cmc_server.errors import CapacityError, CmcError, ConfigError, DeltaError, DeltaNotFoundError
 from cmc_server.integrations.vllm_engine import ask_workers
-from cmc_server.vocab.surface import load_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class LiveDeltas:
         self._file = StateFile(Path(settings.state_file))
         self._seen = self._file.read().count
         # Now, since streams wait while a large one is read.
-        self._user = load_vocabulary(tokenizer)
+        self._user = user_vocabulary(tokenizer)
         self._words = _read_vocabularies(settings)
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()

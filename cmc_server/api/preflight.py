@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmc_server.api.words import delta_words
+from cmc_server.api.words import DeltaWords, delta_words, user_vocabulary
 from cmc_server.config import EngineSettings
 from cmc_server.delta.capacity import VALUE_BYTES, plan_seqs
 from cmc_server.delta.mapping import map_delta
 from cmc_server.delta.store import DeltaArtifact, open_delta
 from cmc_server.errors import ConfigError
 from cmc_server.vocab.reserved import pick_reserved_token
-from cmc_server.vocab.surface import Vocabulary, load_tokenizer, read_generation_config, read_vocabulary
+from cmc_server.vocab.surface import Vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,17 @@ class UserModel:
 
 @dataclass(frozen=True)
 class Checked:
-    """The outcome: settings complete for the workers, and one line per delta for people."""
+    """The outcome.
+
+    Args:
+        settings: complete for the workers.
+        lines: one for each delta, for people.
+        held: what has been read and the server needs again, in this process; to be kept until it has started.
+    """
 
     settings: EngineSettings
     lines: list[str]
+    held: Sequence[Vocabulary | DeltaWords]
 
 
 def check_names(settings: EngineSettings, served: Collection[str]) -> None:
@@ -65,13 +72,15 @@ def check_deltas(settings: EngineSettings, model: UserModel) -> Checked:
         CapacityError: the deltas do not fit into their memory.
     """
     tokenizer = load_tokenizer(model.tokenizer)
-    user = read_vocabulary(tokenizer, read_generation_config(model.tokenizer))
+    user = user_vocabulary(model.tokenizer, tokenizer)
     artifacts = [open_delta(source) for source in settings.deltas]
     _check_memory(settings, artifacts, model)
     _check_required(settings, artifacts)
+    words = [delta_words(artifact) for artifact in artifacts]
     lines = [check_delta(artifact, settings, user) for artifact in artifacts]
     reserved = pick_reserved_token(user, model.num_logits, _template_tokens(user, tokenizer, model.chat_template))
-    return Checked(settings.model_copy(update={"reserved_token_id": reserved}), lines)
+    held: list[Vocabulary | DeltaWords] = [*words, *([user] if settings.live else [])]
+    return Checked(settings.model_copy(update={"reserved_token_id": reserved}), lines, held)
 
 
 def _check_required(settings: EngineSettings, artifacts: Sequence[DeltaArtifact]) -> None:

@@ -75,6 +75,7 @@ def _start(settings: EngineSettings, rest: Sequence[str]) -> None:
         settings = checked.settings
         _say("\n".join(checked.lines))
     _plug_in(arguments, settings)
+    _load_routes()
     command.cmd(arguments)
 
 
@@ -271,6 +272,22 @@ def _plug_in(arguments: argparse.Namespace, settings: EngineSettings) -> None:
             f"warning: with --logprobs-mode {arguments.logprobs_mode}, the log probabilities in answers may be "
             f"those of the model without its deltas; {LOGPROBS_MODE} shows the final ones."
         )
+
+
+def _load_routes() -> None:
+    """See that vLLM will find our routes: where it cannot load a plugin it says so in its log, and serves without.
+
+    Raises:
+        ConfigError: they cannot be loaded.
+    """
+    try:
+        entry = entry_points(group=_ENDPOINT_PLUGINS)[PLUGIN_NAME]
+        entry.load()()
+    except Exception as error:  # whatever it is, answers without the deltas would be worse
+        raise ConfigError(
+            "vLLM cannot load the routes of cmc-server, and would answer without any delta; install cmc-server again: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _say(text: str) -> None:

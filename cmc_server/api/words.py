@@ -1,4 +1,4 @@
-"""Tokenizers of the served deltas in this process: one for all deltas of the same vocabulary."""
+"""Vocabularies in this process: the user LLM's, and tokenizers of the deltas, one for all of the same vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
 from cmc_server.delta.store import DeltaArtifact, vocabulary_version
-from cmc_server.vocab.surface import Vocabulary, read_generation_config, read_vocabulary
+from cmc_server.vocab.surface import Vocabulary, load_tokenizer, read_generation_config, read_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,7 @@ class DeltaWords:
 
 
 _held: Final[WeakValueDictionary[tuple[str, int], DeltaWords]] = WeakValueDictionary()
+_user: Final[WeakValueDictionary[str, Vocabulary]] = WeakValueDictionary()
 _turn: Final = threading.Lock()
 
 
@@ -51,3 +52,21 @@ def delta_words(artifact: DeltaArtifact) -> DeltaWords:
         if words is None:
             words = _held[key] = DeltaWords(str(artifact.path), artifact.tokenizer())
         return words
+
+
+def user_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Vocabulary:
+    """The user LLM's vocabulary; the one that this process holds, if it does: a large one takes seconds to read.
+
+    Args:
+        path: folder or hub id of its tokenizer.
+        tokenizer: the same, where it has been loaded.
+
+    Raises:
+        MapError: it cannot be used.
+    """
+    with _turn:
+        vocabulary = _user.get(path)
+        if vocabulary is None:
+            vocabulary = read_vocabulary(tokenizer or load_tokenizer(path), read_generation_config(path))
+            _user[path] = vocabulary
+        return vocabulary

@@ -83,6 +83,19 @@ def test_no_model(argv: list[str]) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("restored_environment")
+def test_no_server_without_our_routes(model: Path, tiny_delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself vLLM would log that it cannot load them, and answer as if no delta had been asked for."""
+
+    def broken(_: object) -> None:
+        raise RuntimeError("broken\nas can be")
+
+    monkeypatch.setattr("cmc_server.api.routes.DeltaEndpoints.__init__", broken)
+    with pytest.raises(UserError) as caught:
+        run_serve([str(model), "--delta", f"tiny={tiny_delta}"])
+    assert str(caught.value).endswith("install cmc-server again: RuntimeError: broken as can be")
+
+
 def test_metrics_begin_in_a_fresh_folder_that_goes_with_the_server(tmp_path: Path) -> None:
     for given in (None, str(tmp_path / "metrics")):
         environment = {"OTHER": "1", **({METRICS_VARIABLE: given} if given else {})}

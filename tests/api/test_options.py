@@ -13,8 +13,10 @@ from tiny_models import make_delta, make_tokenizer
 from cmc_server.api.options import parse_options
 from cmc_server.api.preflight import UserModel, check_deltas, check_names
 from cmc_server.api.server import allowed_plugins, run_serve
+from cmc_server.api.words import delta_words, user_vocabulary
 from cmc_server.config import DeltaDose, DeltaSource, EngineSettings
 from cmc_server.delta.manifest import DeltaManifest
+from cmc_server.delta.store import open_delta
 from cmc_server.errors import CapacityError, ConfigError, DeltaError, UserError
 from cmc_server.vocab.surface import load_vocabulary
 
@@ -146,6 +148,19 @@ def test_a_delta_that_fits(tiny_delta: Path, tiny_tokenizer: Path, tmp_path: Pat
         assert check_deltas(settings_for(tiny_delta, tmp_path), model).settings.reserved_token_id == 1  # bos
     padded = UserModel(str(tiny_tokenizer), size + 8)
     assert check_deltas(settings_for(tiny_delta, tmp_path), padded).settings.reserved_token_id == size
+
+
+def test_what_is_read_before_the_start_is_not_read_again(
+    tiny_delta: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    model = UserModel(str(tiny_tokenizer), 400)
+    live = {"live": True, "state_file": str(tmp_path / "state.json")}
+    checked = check_deltas(settings_for(tiny_delta, tmp_path, **live), model)
+    artifact = open_delta(checked.settings.deltas[0])
+    assert [*map(id, checked.held)] == [id(delta_words(artifact)), id(user_vocabulary(model.tokenizer))]
+    # A server whose deltas stay never asks for the user LLM's vocabulary again.
+    still = check_deltas(settings_for(tiny_delta, tmp_path), model)
+    assert [*map(id, still.held)] == [id(delta_words(artifact))]
 
 
 def test_coverage(tiny_tokenizer: Path, tmp_path: Path) -> None:
