@@ -129,26 +129,34 @@ def measure(model: FusedLM, doses: dict[str, float]) -> dict[str, list[float]]:
     return found
 
 
-def evaluate(llm: Path, by_seed: Mapping[int, Mapping[str, Path]]) -> dict[str, Any]:
+def evaluate(llm: Path, by_seed: Mapping[int, Mapping[str, Path]], work: Path) -> dict[str, Any]:
     """By way, each figure's mean and the means of the seeds."""
-    bare = FusedLM.load(llm, {})
-    nothing = measure(bare, {})
-    ways: dict[str, list[dict[str, list[float]]]] = {"nothing": [nothing]}
-    for folders in by_seed.values():
-        model = bare.with_deltas(dict(folders))
-        for name in folders:
-            ways.setdefault(name, []).append(measure(model, {name: 1.0}))
-        ways.setdefault("both deltas", []).append(measure(model, dict.fromkeys(PARTS, 1.0)))
+    ways: dict[str, list[dict[str, float]]] = {}
+    for seed, folders in by_seed.items():
+        kept = work / f"measured-{llm.name}-{seed}.json"
+        make(kept, partial(keep_measured, llm, folders, kept))
+        for way, figures in json.loads(kept.read_text()).items():
+            ways.setdefault(way, []).append(figures)
     return {
         way: {
-            figure: {
-                "mean": float(np.mean([one[figure] for one in found])),
-                "seeds": [round(float(np.mean(one[figure])), 4) for one in found],
-            }
+            figure: {"mean": float(np.mean(values)), "seeds": [round(value, 4) for value in values]}
             for figure in FIGURES
+            if (values := [one[figure] for one in found])
         }
         for way, found in ways.items()
     }
+
+
+def keep_measured(llm: Path, folders: Mapping[str, Path], path: Path) -> None:
+    """Write the mean of each figure, by way, of one seed's deltas."""
+    model = FusedLM.load(llm, dict(folders))
+    doses: dict[str, dict[str, float]] = {"nothing": {}} | {name: {name: 1.0} for name in folders}
+    doses["both deltas"] = dict.fromkeys(PARTS, 1.0)
+    figures = {
+        way: {figure: float(np.mean(values)) for figure, values in measure(model, strengths).items()}
+        for way, strengths in doses.items()
+    }
+    path.write_text(json.dumps(figures))
 
 
 def show(model: str, results: dict[str, Any]) -> None:
@@ -157,7 +165,7 @@ def show(model: str, results: dict[str, Any]) -> None:
         cells = []
         for figure in FIGURES:
             seeds = found[figure]["seeds"]
-            each = f" ({', '.join(f'{value:.3g}' for value in seeds)})" if len(seeds) > 1 else ""
+            each = f" ({', '.join(f'{value:.3g}' for value in seeds)})" if len(set(seeds)) > 1 else ""
             cells.append(f"{found[figure]['mean']:.3g}{each}")
         print(f"| {way} | {' | '.join(cells)} |")
 
@@ -179,7 +187,7 @@ def main() -> None:
     results = {}
     for entry in [f"SmolLM2 135M={options.llm}", *options.on]:
         model, _, folder = entry.partition("=")
-        results[model] = evaluate(Path(folder), by_seed)
+        results[model] = evaluate(Path(folder), by_seed, work)
         show(model, results[model])
     report = {"benchmark": "merged deltas", "machine": describe_machine("torch", "transformers")}
     keep(report | {"seeds": options.seeds, "results": results}, options.output)

@@ -47,9 +47,8 @@ def progress(sources: Sources, label: str) -> Iterator[Callable[[int], object]]:
 def run_dry(edit: Edit) -> None:
     """Compute everything and write nothing."""
     with progress(edit.sources, "dry run") as advance:
-        for name in edit.sources.post.names:
-            for piece in edit.tensor(name):
-                advance(piece.nbytes)
+        for piece in edit.tensors(edit.sources.post.names):
+            advance(piece.nbytes)
 
 
 @contextmanager

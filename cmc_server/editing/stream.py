@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +22,11 @@ from cmc_server.editing.shards import StoredTensor, write_shard
 from cmc_server.errors import EditingError
 
 #: Elements of a piece, if rows are no longer: what is worked on then stays in a processor's cache.
-PIECE = 1 << 17
+PIECE = 1 << 18
+#: Threads that read pieces and take differences while another one edits, and how many pieces they are ahead of it.
+_READERS, _AHEAD = 2, 3
+#: Bytes that glibc is to keep for reuse, see :func:`_streaming`.
+_KEPT_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -75,22 +83,45 @@ class Sources:
 class _Piece:
     """Rows of a tensor, as they lie in the file."""
 
+    name: str
     rows: slice
     start: int
     stop: int
     shape: tuple[int, ...]
 
+    @property
+    def span(self) -> tuple[str, int, int]:
+        """Its tensor and which of the elements, in row-major order."""
+        return self.name, self.start, self.stop
 
-def _pieces(stored: StoredTensor, whole: bool) -> Iterator[_Piece]:
+
+def _pieces(name: str, stored: StoredTensor, whole: bool) -> Iterator[_Piece]:
     if whole or not stored.shape:
-        yield _Piece(slice(None), 0, stored.num_elements, stored.shape)
+        yield _Piece(name, slice(None), 0, stored.num_elements, stored.shape)
         return
     num_rows = stored.shape[0]
     row = stored.num_elements // max(1, num_rows)
     step = max(1, PIECE // max(1, row))
     for first in range(0, num_rows, step):
         last = min(first + step, num_rows)
-        yield _Piece(slice(first, last), first * row, last * row, (last - first, *stored.shape[1:]))
+        yield _Piece(name, slice(first, last), first * row, last * row, (last - first, *stored.shape[1:]))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A piece as it was read.
+
+    Args:
+        piece: which.
+        posts: of each post-trained model: float32 in the piece's shape; of what is only copied, as stored.
+        deltas: of each one, float32; none of what is only copied.
+        squares: sum of squares of each one's delta parameters.
+    """
+
+    piece: _Piece
+    posts: list[Tensor]
+    deltas: list[Tensor]
+    squares: list[float]
 
 
 @dataclass
@@ -123,6 +154,7 @@ class Edit:
     def __init__(self, sources: Sources, method: Method, seed: int, measured: Mapping[str, Any] | None = None) -> None:
         self.sources, self.method, self.seed = sources, method, seed
         self.totals = Totals()
+        self._edited_names = {name for name in sources.post.names if sources.is_edited(name, method)}
         self._measured = dict(measured or {})
         if method.measures == "model":
             names = self.edited_names()
@@ -131,7 +163,7 @@ class Edit:
 
     def edited_names(self) -> list[str]:
         """The tensors that the method takes."""
-        return [name for name in self.sources.post.names if self.sources.is_edited(name, self.method)]
+        return [name for name in self.sources.post.names if name in self._edited_names]
 
     def measure(self, name: str) -> Any:
         """What the method must know of a tensor before it edits it."""
@@ -140,62 +172,106 @@ class Edit:
         return self.method.measure(lambda model: self._deltas([name], model), len(self.sources.posts))
 
     def tensor(self, name: str) -> Iterator[Tensor]:
-        """One tensor of the edited checkpoint: flat pieces in the stored type of the first post-trained model.
+        """One tensor of the edited checkpoint, see :meth:`tensors`."""
+        return self.tensors([name])
+
+    def tensors(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Tensors of the edited checkpoint: flat pieces in the stored types of the first post-trained model.
 
         Raises:
             EditingError: a source holds NaN or infinity, or the result does not fit the stored type.
         """
-        stored = self.sources.post.stored(name)
-        if not self.sources.is_edited(name, self.method):
-            yield from self._copied(name, stored)
-            return
-        self.totals.tensors += 1
-        measured, draws = self.measure(name), generator(self.seed, name)
-        for piece in _pieces(stored, self.method.whole):
-            posts, deltas = self._read(name, piece)
-            squares = [_squares(delta) for delta in deltas]
-            if not all(square.isfinite() for square in squares):
-                self._refuse_unless_finite(name, piece)
-            edited = self.method.apply(deltas, self.method.measured_rows(measured, piece.rows), draws)
-            self.totals.elements += edited.numel()
-            self.totals.squares_before += float(squares[0])
-            self.totals.squares_after += float(_squares(edited))
-            # As W_post + E: where nothing changes, not a bit does.
-            result = edited if self.sources.base is None else edited.sub(deltas[0]).add_(posts[0])
-            yield _stored(result, stored.dtype, name).flatten()
+        draws, measured = torch.Generator(), None
+        for read in self._read_all(names):
+            piece = read.piece
+            if not read.deltas:
+                yield self._copied(piece, read.posts[0])
+                continue
+            if piece.start == 0:
+                self.totals.tensors += 1
+                measured, draws = self.measure(piece.name), generator(self.seed, piece.name)
+            yield self._edited(read, self.method.measured_rows(measured, piece.rows), draws)
 
     def delta(self, name: str) -> Tensor:
         """All delta parameters of a tensor in the first post-trained model, float32 in its shape."""
-        return self._read(name, next(_pieces(self.sources.post.stored(name), True)))[1][0]
+        return next(self._deltas([name], 0, whole=True))
 
     def deltas(self, name: str) -> Iterator[Tensor]:
         """The same in pieces along the first axis."""
         return self._deltas([name], 0)
 
-    def _deltas(self, names: Iterable[str], model: int) -> Iterator[Tensor]:
+    def _deltas(self, names: Iterable[str], model: int, whole: bool = False) -> Iterator[Tensor]:
         for name in names:
-            for piece in _pieces(self.sources.post.stored(name), False):
-                yield self._read(name, piece)[1][model]
+            for piece in _pieces(name, self.sources.post.stored(name), whole):
+                yield self._floats(piece)[1][model]
 
-    def _read(self, name: str, piece: _Piece) -> tuple[list[Tensor], list[Tensor]]:
+    def _read_all(self, names: Iterable[str]) -> Iterator[_Read]:
+        """All pieces in order, the next ones while this one is worked on unless they are whole tensors."""
+        whole = self._edited_names if self.method.whole else set()
+        pieces = (piece for name in names for piece in _pieces(name, self.sources.post.stored(name), name in whole))
+        if self.method.whole:
+            yield from map(self._read, pieces)
+            return
+        with _streaming() as threads:
+            reads: deque[Future[_Read]] = deque()
+            for piece in pieces:
+                reads.append(threads.submit(self._read, piece))
+                if len(reads) > _AHEAD:
+                    yield reads.popleft().result()
+            yield from (read.result() for read in reads)
+
+    def _read(self, piece: _Piece) -> _Read:
+        if piece.name not in self._edited_names:
+            return _Read(piece, [self.sources.post.read(*piece.span)], [], [])
+        posts, deltas = self._floats(piece)
+        squares = [_squares(delta) for delta in deltas]
+        if not all(map(math.isfinite, squares)):
+            self._refuse_unless_finite(piece)
+        return _Read(piece, posts, deltas, squares)
+
+    def _floats(self, piece: _Piece) -> tuple[list[Tensor], list[Tensor]]:
         """A piece of the post-trained models' weights and of their delta parameters, float32."""
-        posts = [post.read(name, piece.start, piece.stop).float().view(piece.shape) for post in self.sources.posts]
+        posts = [post.read(*piece.span).float().view(piece.shape) for post in self.sources.posts]
         if self.sources.base is None:
             return posts, posts
-        base = self.sources.base.read(name, piece.start, piece.stop).float().view(piece.shape)
+        base = self.sources.base.read(*piece.span).float().view(piece.shape)
         return posts, [post - base for post in posts]
 
-    def _refuse_unless_finite(self, name: str, piece: _Piece) -> None:
-        for checkpoint in self.sources.checkpoints:
-            checkpoint.check_finite(name, piece.start, piece.stop)
+    def _edited(self, read: _Read, measured: Any, draws: torch.Generator) -> Tensor:
+        edited = self.method.apply(read.deltas, measured, draws)
+        self.totals.elements += edited.numel()
+        self.totals.squares_before += read.squares[0]
+        self.totals.squares_after += _squares(edited)
+        # As W_post + E: where nothing changes, not a bit does.
+        result = edited if self.sources.base is None else edited.sub(read.deltas[0]).add_(read.posts[0])
+        name = read.piece.name
+        return _stored(result, self.sources.post.stored(name).dtype, name).flatten()
 
-    def _copied(self, name: str, stored: StoredTensor) -> Iterator[Tensor]:
-        post = self.sources.post
-        for piece in _pieces(stored, False):
-            values = post.read(name, piece.start, piece.stop)
-            if stored.dtype.is_floating_point and not bool(values.float().isfinite().all()):
-                raise EditingError(f"{name} of {post.folder} holds NaN or infinity.")
-            yield values
+    def _refuse_unless_finite(self, piece: _Piece) -> None:
+        for checkpoint in self.sources.checkpoints:
+            checkpoint.check_finite(*piece.span)
+
+    def _copied(self, piece: _Piece, values: Tensor) -> Tensor:
+        if values.dtype.is_floating_point and not bool(values.float().isfinite().all()):
+            raise EditingError(f"{piece.name} of {self.sources.post.folder} holds NaN or infinity.")
+        return values
+
+
+@contextmanager
+def _streaming() -> Iterator[ThreadPoolExecutor]:
+    """Threads for pieces. Meanwhile torch uses no threads of its own, which on pieces cost more than they bring.
+
+    glibc gives the memory of a large tensor back to the system at once, and takes as long to get it again as an edit
+    takes to fill it. It stops doing so up to the size of the largest block that was ever freed, so one is.
+    """
+    before = torch.get_num_threads()
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max_workers=_READERS) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_edited(edit: Edit, folder: Path, advance: Callable[[int], object]) -> None:
@@ -207,8 +283,7 @@ def write_edited(edit: Edit, folder: Path, advance: Callable[[int], object]) -> 
         advance: called with the bytes of each piece, for a progress bar.
     """
     for shard in edit.sources.post.shards:
-        pieces = (piece for name in shard.tensors for piece in told(edit.tensor(name), advance))
-        write_shard(folder / shard.path.name, shard.header, pieces)
+        write_shard(folder / shard.path.name, shard.header, told(edit.tensors(shard.tensors), advance))
 
 
 def told(pieces: Iterator[Tensor], advance: Callable[[int], object]) -> Iterator[Tensor]:
@@ -218,9 +293,9 @@ def told(pieces: Iterator[Tensor], advance: Callable[[int], object]) -> Iterator
         advance(piece.nbytes)
 
 
-def _squares(values: Tensor) -> Tensor:
+def _squares(values: Tensor) -> float:
     """Sum of squares: finite only if every value is, at a fraction of the cost of asking each one."""
-    return values.flatten().dot(values.flatten())
+    return float(values.flatten().dot(values.flatten()))
 
 
 def _stored(result: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cmc_server.cli import main
 from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.delta.packed import load_packed
+from cmc_server.editing import stream
 
 
 def test_the_output_is_a_checkpoint_with_its_history(
@@ -56,6 +57,22 @@ def test_sharded_checkpoints_keep_their_layout(
     assert (output / index).read_bytes() == (sharded / index).read_bytes()
     assert json.loads((output / "cmc_edit.json").read_text("utf-8"))["edits"][0]["method"] == "expo"
     AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize("method", ["dare", "magnitude", "bitdelta", "ties", "expo"])
+def test_pieces_and_the_threads_that_read_them_make_no_difference(
+    base: Path, post: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["edit", str(base), str(post), "--method", method]
+    assert main([*words, "-o", str(tmp_path / "at-once")]) == 0
+    monkeypatch.setattr(stream, "PIECE", 100)
+    threads = torch.get_num_threads()
+    assert main([*words, "-o", str(tmp_path / "in-pieces")]) == 0
+    at_once, in_pieces = weights_of(tmp_path / "at-once"), weights_of(tmp_path / "in-pieces")
+    assert all(torch.equal(tensor, in_pieces[name]) for name, tensor in at_once.items())
+    rewrite(post, lambda weights: {name: tensor.mul(torch.inf) for name, tensor in weights.items()})
+    assert main([*words, "-o", str(tmp_path / "refused")]) == 2
+    assert torch.get_num_threads() == threads
 
 
 def test_a_dry_run_computes_everything_and_writes_nothing(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -146,7 +146,6 @@ def test_scales_of_rows_are_float16_only_where_that_holds_them() -> None:
         assert torch.equal(bitdelta.rounded_scales(wide), wide)
 
 
-@settings(deadline=None)
 @given(shapes, seeds, st.integers(1, 12))
 def test_twin_is_the_best_approximation_of_its_rank(shape: tuple[int, int], seed: int, rank: int) -> None:
     delta = matrix(shape, seed)

@@ -43,7 +43,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("unmapped", POLICIES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), columns=st.integers(4, 30), deltas=st.integers(0, 3))
 def test_in_place_equals_the_definition(unmapped: Unmapped, seed: int, rows: int, columns: int, deltas: int) -> None:
     logits, shifts = make(seed, rows, columns, deltas)
@@ -57,7 +57,7 @@ def test_in_place_equals_the_definition(unmapped: Unmapped, seed: int, rows: int
     assert torch.equal(after[others], before[others])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), columns=st.integers(4, 30))
 def test_the_map_may_be_applied_before(seed: int, rows: int, columns: int) -> None:
     logits, (shift, other) = make(seed, rows, columns, 2)
@@ -67,7 +67,7 @@ def test_the_map_may_be_applied_before(seed: int, rows: int, columns: int) -> No
     torch.testing.assert_close(after, fuse(logits, [shift, other]), atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), deltas=st.integers(1, 3))
 def test_preserve_keeps_the_probability_of_unmapped_tokens(seed: int, deltas: int) -> None:
     logits, shifts = make(seed, 2, 20, deltas)
