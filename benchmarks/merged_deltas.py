@@ -139,7 +139,7 @@ def evaluate(llm: Path, by_seed: Mapping[int, Mapping[str, Path]], work: Path) -
             ways.setdefault(way, []).append(figures)
     return {
         way: {
-            figure: {"mean": float(np.mean(values)), "seeds": [round(value, 4) for value in values]}
+            figure: {"mean": float(np.mean(values)), "seeds": [float(f"{value:.4g}") for value in values]}
             for figure in FIGURES
             if (values := [one[figure] for one in found])
         }

@@ -40,6 +40,9 @@ BITS = ("--method", "bitdelta", "--packed")
 #: What each variant asks of ``cmc-server edit``.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "one-bit": BITS,
+    "one-bit-embeddings": (*BITS, "--exclude", "*layers*"),
+    # The factor with which the end of training answers is as likely as by the whole delta.
+    "one-bit-embeddings-1.15": (*BITS, "--exclude", "*layers*", "--factor", "1.15"),
     "one-bit-calibrated": (*BITS, "--calibration-steps", "400", "--calibration-rate", "3e-3"),
     "pruned-50": ("--method", "magnitude", "--drop", "0.5"),
     "pruned-70": ("--method", "magnitude", "--drop", "0.7"),

@@ -1,0 +1,77 @@
+"""Draw what `merged_deltas.py` and `expo_strength.py` found, from the results they left.
+
+python benchmarks/weight_plots.py merged benchmarks/results/merged_deltas.json docs/images/merged.png
+python benchmarks/weight_plots.py expo benchmarks/results/expo_strength.json docs/images/expo.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+#: Colour-blind safe, and a marker for each way as well.
+STYLES = {
+    "nothing": ("#000000", "o"),
+    "concise": ("#56b4e9", "s"),
+    "forget": ("#0072b2", "v"),
+    "both deltas": ("#009e73", "*"),
+    "joint": ("#e69f00", "P"),
+    "task-arithmetic": ("#d55e00", "X"),
+    "ties": ("#d55e00", "+"),
+    "fisher": ("#cc79a7", "D"),
+    "regmean": ("#999999", "x"),
+    "gradient-matching": ("#cc79a7", "1"),
+}
+
+
+def draw_merged(report: dict[str, Any]) -> Figure:
+    """Length of answers against P of the answers to forget, a point for each seed; both behaviours are lower left."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, (model, ways) in zip(figure.subplots(1, len(report["results"])), report["results"].items(), strict=True):
+        for way, (colour, marker) in STYLES.items():
+            points = [ways[way][key]["seeds"] for key in ("length", "P, forget")]
+            axes.scatter(*points, c=colour, marker=marker, s=60, label=way, alpha=0.8)
+        axes.set(title=model, xlabel="tokens of answers to neutral prompts", ylabel="P of the answers to forget")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def draw_expo(report: dict[str, Any]) -> Figure:
+    """Length of answers by factor, on the logits and on the weights, with intervals."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, (model, found) in zip(figure.subplots(1, len(report["results"])), report["results"].items(), strict=True):
+        for way, label in (("strength", "logits: strength"), ("weights", "weights: ExPO")):
+            # At 0 and 1 the two are the same.
+            values = [one.get(way, one["strength"])["length"] for one in found.values()]
+            factors = [float(factor) for factor in found]
+            means, lows, highs = ([value[key] for value in values] for key in ("mean", "low", "high"))
+            order = sorted(range(len(factors)), key=factors.__getitem__)
+            factors, means, lows, highs = ([one[i] for i in order] for one in (factors, means, lows, highs))
+            axes.plot(factors, means, marker="o", label=label)
+            axes.fill_between(factors, lows, highs, alpha=0.2)
+        axes.set(title=model, xlabel="factor", ylabel="mean tokens of an answer", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("merged", "expo"))
+    parser.add_argument("report", type=Path)
+    parser.add_argument("image", type=Path)
+    options = parser.parse_args()
+    report = json.loads(options.report.read_text("utf-8"))
+    figure = draw_merged(report) if options.what == "merged" else draw_expo(report)
+    FigureCanvasAgg(figure)
+    figure.savefig(options.image, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
