@@ -25,6 +25,8 @@ from cmc_server.errors import EditingError
 PIECE = 1 << 18
 #: Threads that read pieces and take differences while another one edits, and how many pieces they are ahead of it.
 _READERS, _AHEAD = 2, 3
+#: Largest numbers of types as wide as float32.
+_WIDE = torch.finfo(torch.bfloat16).max
 #: Bytes that glibc is to keep for reuse, see :func:`_streaming`.
 _KEPT_BYTES = 1 << 24
 
@@ -241,11 +243,16 @@ class Edit:
         edited = self.method.apply(read.deltas, measured, draws)
         self.totals.elements += edited.numel()
         self.totals.squares_before += read.squares[0]
-        self.totals.squares_after += _squares(edited)
+        squares = _squares(edited)
+        self.totals.squares_after += squares
         # As W_post + E: where nothing changes, not a bit does.
         result = edited if self.sources.base is None else edited.sub(read.deltas[0]).add_(read.posts[0])
         name = read.piece.name
-        return _stored(result, self.sources.post.stored(name).dtype, name).flatten()
+        dtype = self.sources.post.stored(name).dtype
+        # What has finite squares, beside weights that fit, can overflow in the narrow types alone.
+        if torch.finfo(dtype).max < _WIDE or not math.isfinite(squares):
+            _check_fit(result, dtype, name)
+        return result.to(dtype).flatten()
 
     def _refuse_unless_finite(self, piece: _Piece) -> None:
         for checkpoint in self.sources.checkpoints:
@@ -298,9 +305,8 @@ def _squares(values: Tensor) -> float:
     return float(values.flatten().dot(values.flatten()))
 
 
-def _stored(result: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _check_fit(result: Tensor, dtype: torch.dtype, name: str) -> None:
     low, high = result.aminmax()
     limit = torch.finfo(dtype).max
     if not (float(low) >= -limit and float(high) <= limit):  # NaN is neither
         raise EditingError(f"The edited {name} does not fit its type {dtype}.")
-    return result.to(dtype)

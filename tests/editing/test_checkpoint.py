@@ -179,9 +179,13 @@ def test_large_but_finite_weights_are_no_infinity(base: Path, post: Path) -> Non
     edited(Edit(Sources(Checkpoint(base), (Checkpoint(post),)), build_method("expo", {}), 0))
 
 
-def test_a_result_beyond_its_type_is_named(base: Path, post: Path) -> None:
-    rewrite(post, with_tensor(NORM, lambda tensor: torch.full_like(tensor, 60_000.0).half()))
-    with pytest.raises(EditingError, match=rf"edited {NORM} does not fit its type torch.float16"):
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(6e4, torch.float16), (3e38, torch.bfloat16), (3e38, torch.float32), (400.0, torch.float8_e4m3fn)],
+)
+def test_a_result_beyond_its_type_is_named(base: Path, post: Path, value: float, dtype: torch.dtype) -> None:
+    rewrite(post, with_tensor(NORM, lambda tensor: torch.full_like(tensor, value).to(dtype)))
+    with pytest.raises(EditingError, match=rf"edited {NORM} does not fit its type {dtype}"):
         edited(Edit(Sources(Checkpoint(base), (Checkpoint(post),)), build_method("expo", {"alpha": 0.5}), 0))
 
 
