@@ -17,7 +17,8 @@ from cmc_server.editing.edit_options import EditOptions
 from cmc_server.editing.methods import BitDelta, Dare
 from cmc_server.editing.packed import PACKED_FILE, write_packed
 from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
-from cmc_server.editing.stream import Edit, Sources
+from cmc_server.editing.sources import Sources
+from cmc_server.editing.stream import Edit
 from cmc_server.editing.writing import check_output
 
 

@@ -15,7 +15,8 @@ from cmc_server.editing.merge_inputs import Merge
 from cmc_server.editing.merge_methods import Guard
 from cmc_server.editing.merge_options import MergeOptions
 from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
-from cmc_server.editing.stream import Edit, Sources
+from cmc_server.editing.sources import Sources
+from cmc_server.editing.stream import Edit
 from cmc_server.editing.writing import check_output
 
 

@@ -6,7 +6,8 @@ from cmc_server.editing.curvature import CurvatureFile
 from cmc_server.editing.merge_methods import Curvatures, Guard, MergeMethod
 from cmc_server.editing.merge_options import MergeOptions
 from cmc_server.editing.methods import Method
-from cmc_server.editing.stream import Edit, Sources
+from cmc_server.editing.sources import Sources
+from cmc_server.editing.stream import Edit
 
 
 class Merge:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from cmc_server.editing.checkpoint import INDEX, Checkpoint
 from cmc_server.editing.edit_options import ZERO
-from cmc_server.editing.stream import Edit, Sources, write_edited
+from cmc_server.editing.sources import Sources
+from cmc_server.editing.stream import Edit, write_edited
 from cmc_server.editing.writing import copy_companions, part_folder, write_provenance
 
 

@@ -16,10 +16,11 @@ from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.mask_file import write_masks
 from cmc_server.editing.methods import Method
 from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
+from cmc_server.editing.sources import Sources
 from cmc_server.editing.sparsify import Sparsification
 from cmc_server.editing.sparsify_inputs import SparsifyInputs
 from cmc_server.editing.sparsify_options import SparsifyOptions
-from cmc_server.editing.stream import Edit, Sources
+from cmc_server.editing.stream import Edit
 from cmc_server.editing.writing import check_output
 
 

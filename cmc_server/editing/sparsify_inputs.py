@@ -8,8 +8,8 @@ from torch import Tensor
 from cmc_server.editing.blocks import decoder_blocks
 from cmc_server.editing.models import load_model
 from cmc_server.editing.pruning import check_pattern
+from cmc_server.editing.sources import Sources
 from cmc_server.editing.sparsify_options import SparsifyOptions
-from cmc_server.editing.stream import Sources
 from cmc_server.editing.texts import Example, encode_all, packed_sequences, read_texts
 from cmc_server.errors import ConfigError
 

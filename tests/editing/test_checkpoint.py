@@ -15,7 +15,8 @@ from tiny_checkpoints import Weights, rewrite, shard, weights_of
 from cmc_server.editing.checkpoint import Checkpoint, check_agreement
 from cmc_server.editing.methods import build_method
 from cmc_server.editing.shards import Shard
-from cmc_server.editing.stream import Edit, Sources, write_edited
+from cmc_server.editing.sources import Sources
+from cmc_server.editing.stream import Edit, write_edited
 from cmc_server.editing.writing import check_output, part_folder, write_provenance
 from cmc_server.errors import EditingError
 
