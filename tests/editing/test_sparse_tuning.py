@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
+from cmc_server.editing import losses
 from cmc_server.editing.adapters import merged
 from cmc_server.editing.blocks import LinearLayer, decoder_blocks
 from cmc_server.editing.interference import interference_ratio, merge_gap, weight_gradients
@@ -55,9 +56,9 @@ def test_tuning_lowers_the_loss_and_merges_into_a_sparse_model(method: Any) -> N
     adapters = {one.name: make_adapter(method, one.name, one.shape, 2, 2.0, 0) for one in layers}
     attached = attach(layers, adapters, masks if is_masked(method) else None, 0.0)
     assert loss_of(model, data) == pytest.approx(before, rel=1e-6), "no effect at the start"
-    losses = fit(model, adapters, data * 5, TUNING, 0)
+    by_step = fit(model, adapters, data * 5, TUNING, 0)
     trained = loss_of(model, data)
-    assert len(losses) == 15 and trained < before - 0.1
+    assert len(by_step) == 15 and trained < before - 0.1
     for one in attached:
         one.remove()
     for one in layers:
@@ -104,6 +105,39 @@ def test_runs_repeat_and_dropout_depends_on_the_seed() -> None:
         return fit(model, adapters, examples(), TUNING, seed)
 
     assert run(0) == run(0) != run(1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_texts_read_in_one_pass_are_what_they_are_alone(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: dict[str, Any] = {
+        "llama": LlamaConfig(
+            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        ),
+        "gpt2": GPT2Config(vocab_size=23, n_positions=64, n_embd=16, n_layer=2, n_head=2),
+        "gemma3": Gemma3TextConfig(
+            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+        ),
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(configs[architecture]).eval()
+    draw = torch.Generator().manual_seed(2)
+    texts = [
+        Example(torch.randint(23, (1, length), generator=draw), first)
+        for length, first in ((9, 1), (3, 2), (20, 5), (4, 1), (9, 8), (50, 10))
+    ]
+    monkeypatch.setattr(losses, "_PASS_TOKENS", 40)
+    groups = losses.passes(texts)
+    assert [len(group) for group in groups] == [4, 1, 1] and {id(one) for group in groups for one in group} == {
+        id(one) for one in texts
+    }
+    alone = torch.stack([losses.nll(model, one) for one in texts]).sum()
+    alone_gradients = torch.autograd.grad(alone, list(model.parameters()))
+    together = torch.stack([losses.batched_nll(model, group) for group in groups]).sum()
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(together, list(model.parameters()))
+    torch.testing.assert_close(gradients, alone_gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_data_are_the_same_for_every_method() -> None:
