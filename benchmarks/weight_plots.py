@@ -36,7 +36,7 @@ def draw_merged(report: dict[str, Any]) -> Figure:
         for way, (colour, marker) in STYLES.items():
             points = [ways[way][key]["seeds"] for key in ("length", "P, forget")]
             axes.scatter(*points, c=colour, marker=marker, s=60, label=way, alpha=0.8)
-        axes.set(title=model, xlabel="tokens of answers to neutral prompts", ylabel="P of the answers to forget")
+        axes.set(title=model, xlabel="mean tokens of an answer", ylabel="P of the answers to forget")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
