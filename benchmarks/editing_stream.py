@@ -41,6 +41,8 @@ EDITS = ("expo", "dare", "magnitude", "ties", "bitdelta")
 METHODS = (*EDITS, "merge")
 MERGE = ("--method", "task-arithmetic")
 TRAINED = ("post", "other")
+#: Of a copy's speed, by the bytes that are read and written.
+BOUNDS = {"edit": 2 / 3, "merge": 1 / 2}
 COPY = """
 import shutil, sys, time
 begin = time.perf_counter()
@@ -80,7 +82,7 @@ def main() -> None:
         # In a process of its own: a child's peak memory begins with that of the process that started it.
         subprocess.run([sys.executable, __file__, "--make", name, "--gigabytes", str(arguments.gigabytes)], check=True)
         sizes = [path.stat().st_size for path in sorted((folder / "post").glob("*.safetensors"))]
-        moved = "bound by bytes moved: 0.67 of a copy, 0.5 for a merge"
+        moved = f"bound by bytes moved: {BOUNDS['edit']:.2f} of a copy, {BOUNDS['merge']:.2f} for a merge"
         print(f"{sum(sizes) / 2**30:.2f} GiB in {len(sizes)} shards; {moved}", flush=True)
         begin = time.perf_counter()
         idle = _run(EDIT)
@@ -94,7 +96,7 @@ def main() -> None:
         "largest_shard_bytes": max(sizes),
         "rounds": arguments.rounds,
         "page_cache_dropped": _drop_cache([]),
-        "speed_bound": {"edit": 2 / 3, "merge": 1 / 2},
+        "speed_bound": BOUNDS,
         "copy": {"seconds": round(copy, 2), "bytes_per_second": round(sum(sizes) / copy)},
         "startup_seconds": round(startup, 2),
         "idle_process_bytes": idle.peak_bytes,
@@ -214,7 +216,7 @@ def _summary(method: str, rounds: list[dict[str, Run]], sizes: list[int], idle: 
         "seconds": round(statistics.median(run.seconds for run in runs), 2),
         "cpu_seconds": round(statistics.median(run.cpu_seconds for run in runs) - idle.cpu_seconds, 2),
         "speed_of_copy": round(speed, 3),
-        "throughput_of_copy": round(speed / (1 / 2 if method == "merge" else 2 / 3), 3),
+        "throughput_of_copy": round(speed / BOUNDS["merge" if method == "merge" else "edit"], 3),
         "peak_bytes": peak,
         "peak_beyond_idle_per_largest_shard": round((peak - idle.peak_bytes) / max(sizes), 3),
     }

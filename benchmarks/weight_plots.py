@@ -48,11 +48,9 @@ def draw_expo(report: dict[str, Any]) -> Figure:
     for axes, (model, found) in zip(figure.subplots(1, len(report["results"])), report["results"].items(), strict=True):
         for way, label in (("strength", "logits: strength"), ("weights", "weights: ExPO")):
             # At 0 and 1 the two are the same.
-            values = [one.get(way, one["strength"])["length"] for one in found.values()]
-            factors = [float(factor) for factor in found]
-            means, lows, highs = ([value[key] for value in values] for key in ("mean", "low", "high"))
-            order = sorted(range(len(factors)), key=factors.__getitem__)
-            factors, means, lows, highs = ([one[i] for i in order] for one in (factors, means, lows, highs))
+            lengths = {float(factor): one.get(way, one["strength"])["length"] for factor, one in found.items()}
+            factors = sorted(lengths)
+            means, lows, highs = ([lengths[factor][key] for factor in factors] for key in ("mean", "low", "high"))
             axes.plot(factors, means, marker="o", label=label)
             axes.fill_between(factors, lows, highs, alpha=0.2)
         axes.set(title=model, xlabel="factor", ylabel="mean tokens of an answer", ylim=(0, None))

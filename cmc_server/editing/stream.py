@@ -158,9 +158,13 @@ class Edit:
 
     def _read_all(self, names: Iterable[str]) -> Iterator[_Read]:
         """All pieces in order, the next ones while this one is worked on unless they are whole tensors."""
-        whole = self._edited_names if self.method.whole else set()
-        pieces = (piece for name in names for piece in _pieces(name, self.sources.post.stored(name), name in whole))
-        if self.method.whole:
+        is_whole = self.method.whole
+        pieces = (
+            piece
+            for name in names
+            for piece in _pieces(name, self.sources.post.stored(name), is_whole and name in self._edited_names)
+        )
+        if is_whole:
             yield from map(self._read, pieces)
             return
         with _streaming() as threads:
@@ -199,7 +203,7 @@ class Edit:
         name = read.piece.name
         dtype = self.sources.post.stored(name).dtype
         # What has finite squares, beside weights that fit, can overflow in the narrow types alone.
-        if torch.finfo(dtype).max < _WIDE or not math.isfinite(squares):
+        if torch.finfo(dtype).max < _WIDE or not math.isfinite(squares + read.squares[0]):
             _check_fit(result, dtype, name)
         return result.to(dtype).flatten()
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_checkpoints import Weights, rewrite, shard, weights_of
+from torch import Tensor
 
 from cmc_server.editing.checkpoint import Checkpoint, check_agreement
-from cmc_server.editing.methods import build_method
+from cmc_server.editing.methods import Method, build_method
 from cmc_server.editing.shards import Shard
 from cmc_server.editing.sources import Sources
 from cmc_server.editing.stream import Edit, write_edited
@@ -188,6 +190,20 @@ def test_a_result_beyond_its_type_is_named(base: Path, post: Path, value: float,
     rewrite(post, with_tensor(NORM, lambda tensor: torch.full_like(tensor, value).to(dtype)))
     with pytest.raises(EditingError, match=rf"edited {NORM} does not fit its type {dtype}"):
         edited(Edit(Sources(Checkpoint(base), (Checkpoint(post),)), build_method("expo", {"alpha": 0.5}), 0))
+
+
+class Undone(Method):
+    """Leaves nothing of what training changed."""
+
+    def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
+        return torch.zeros_like(deltas[0])
+
+
+def test_a_difference_that_overflows_is_found_whatever_becomes_of_it(base: Path, post: Path) -> None:
+    for folder, value in ((base, -3e38), (post, 3e38)):
+        rewrite(folder, with_tensor(NORM, lambda tensor, v=value: torch.full_like(tensor, v)))
+    with pytest.raises(EditingError, match=f"edited {NORM} does not fit"):
+        edited(Edit(Sources(Checkpoint(base), (Checkpoint(post),)), Undone(), 0))
 
 
 def test_broken_folders(base: Path, tmp_path: Path) -> None:
