@@ -3,11 +3,13 @@
     python benchmarks/healing.py --work FOLDER [--sparsity 0.5 0.7] [--seeds 1 2 3] [--output REPORT.json]
 
 The delta has no weights to interfere with: it is trained beside the pruned LLM and added to its logits, at strength 1.
-The pooled adapter, LoRA and masked LoRA are merged into the weights that stay. All have about as many parameters (2.4
-million), and read the same texts in one round; each has its best learning rate of --rates, found with the first seed
-on other texts than those measured. --passes is how often the delta reads the texts: adapters read them once. Texts are
-those of ``benchmarks/sparsify.py``. Works in FOLDER, step by step. Prints perplexities and, as its last line, one JSON
-object.
+The pooled adapter, LoRA and masked LoRA are merged into the weights that stay, and have about as many parameters as the
+delta (2.4 million); the oracle trains all the weights that stay. All read the same texts in one round, in batches of
+one size; each has its best learning rate of --rates, found with the first seed on other texts than those measured.
+--passes is how often the delta reads the texts: adapters read them once. Texts are those of ``benchmarks/sparsify.py``.
+Works in FOLDER, step by step: what lies there finished is not made again. --only makes some of the ways alone, so that
+two processes can share the work before a third one collects it. Prints perplexities, interference and merge gaps and,
+as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
+import shutil
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -30,8 +34,10 @@ from unlearning import RECIPES, make, run
 from cmc_server.demo.models import demo_model
 from cmc_server.fusion.scoring import FusedLM
 
-ADAPTERS = ("pooled", "lora", "masked-lora")
+ADAPTERS = ("pooled", "lora", "masked-lora", "oracle")
 MEASURED = ("test", "neutral")
+#: In the reports of `sparsify`.
+DIAGNOSED = ("parameters", "dense_interference", "interference", "merge_gap", "steps")
 
 
 class Lab:
@@ -56,16 +62,19 @@ class Lab:
         return [*words, *more]
 
     def adapter(self, method: str, rate: float, seed: int) -> dict[str, float]:
-        """Losses of the LLM with an adapter merged into it."""
+        """Losses of the LLM with an adapter merged into it, and what was measured while it was tuned."""
         kept = self.work / f"{method}-{rate:g}-{seed}.json"
         if not kept.exists():
-            folder = self.work / "adapted"
+            folder = kept.with_suffix("")
             words = self._words("--tuning", method, "--tuning-data", self.files["train"], "--iterations", "1")
-            words += ["--final-examples", str(self.options.texts), "--learning-rate", str(rate), "--seed", str(seed)]
-            report_of([*map(str, words), "-o", str(folder), "--force"])
-            kept.write_text(json.dumps({kind: loss_of(folder, self.files[kind]) for kind in ("validation", *MEASURED)}))
-        losses: dict[str, float] = json.loads(kept.read_text())
-        return losses
+            words += ["--final-examples", str(self.options.texts), "--batch-size", str(self.options.batch_size)]
+            words += ["--learning-rate", str(rate), "--seed", str(seed)]
+            report = report_of([*map(str, words), "-o", str(folder), "--force"])
+            losses = {kind: loss_of(folder, self.files[kind]) for kind in ("validation", *MEASURED)}
+            kept.write_text(json.dumps(losses | {name: report["result"]["rounds"][-1][name] for name in DIAGNOSED}))
+            shutil.rmtree(folder)
+        found: dict[str, float] = json.loads(kept.read_text())
+        return found
 
     def delta(self, passes: int, rate: float, seed: int) -> dict[str, float]:
         """Losses of the LLM with a delta beside it."""
@@ -73,10 +82,16 @@ class Lab:
         recipe: dict[str, Any] = yaml.safe_load((RECIPES / "concise.yaml").read_text())
         recipe |= {"name": "healing", "template": str(self.pruned), "seed": seed}
         train = folder.with_suffix(".jsonl")
-        train.write_text("".join(self.files["train"].read_text().splitlines(keepends=True)[: self.options.texts]))
+        texts = self.files["train"].read_text().splitlines(keepends=True)
+        # As `sparsify` draws the texts of a first round.
+        train.write_text("".join(random.Random(1000 * seed + 1).sample(texts, self.options.texts)))
         recipe["data"] = {"train": str(train), "cache": "disk", "cache_folder": str(self.work / "hidden")}
         recipe["objective"] = {"name": "instruction_tuning"}
-        recipe["optimisation"] = {"epochs": passes, "batch_size": 16, "learning_rate": rate}
+        recipe["optimisation"] = {
+            "epochs": passes,
+            "batch_size": self.options.batch_size,
+            "learning_rate": rate,
+        }
         recipe["output"] = {"folder": "unused", "dtype": "float32"}
         path = folder.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(recipe))
@@ -101,8 +116,8 @@ class Lab:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| sparsity | healed by | rate | perplexity, answers | perplexity, neutral texts |",
-        "|---|---|---|---|---|",
+        "| sparsity | healed by | rate | perplexity, answers | perplexity, neutral texts | interference | merge gap |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in results:
         cells = []
@@ -110,6 +125,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             values = [math.exp(losses[kind]) for losses in one["losses"]]
             spread = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
+        for name in ("interference", "merge_gap"):
+            known = [losses[name] for losses in one["losses"] if name in losses]
+            cells.append(f"{statistics.mean(known):.3g}" if known else "")
         lines.append(f"| {one['sparsity']:g} | {one['by']} | {one.get('rate', '')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -122,6 +140,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3])
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--sequences", type=int, default=128, help="of 512 tokens that pruning is calibrated on")
+    parser.add_argument("--batch-size", type=int, default=4, help="texts of a step")
+    parser.add_argument("--only", nargs="+", help="adapters, or `delta`, to make alone")
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -137,12 +157,14 @@ def main() -> None:
         ways = {name: partial(lab.adapter, name) for name in ADAPTERS}
         ways |= {f"delta, {passes} passes": partial(lab.delta, passes) for passes in options.passes}
         for name, measure in ways.items():
+            if options.only and name.partition(",")[0] not in options.only:
+                continue
             rate, tried = lab.best(measure)
             losses = [measure(rate, seed) for seed in options.seeds]
             results.append({"sparsity": sparsity, "by": name, "rate": rate, "tried": tried, "losses": losses})
             print(table(results), flush=True)
     report = {"benchmark": "healing", "machine": describe_machine("torch", "transformers"), "texts": options.texts}
-    report["sequences"] = options.sequences
+    report |= {"sequences": options.sequences, "batch_size": options.batch_size}
     keep(report | {"results": results}, options.output)
 
 

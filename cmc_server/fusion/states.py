@@ -7,20 +7,23 @@ caller can hold.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cmc_server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Tokens per forward pass, padding included; a single longer row still runs alone.
 MAX_TOKENS = 4096
 #: Bytes of states that a model keeps, so that a second strength costs no second pass over the user LLM.
 KEPT_BYTES = 2**30
-#: Rows shorter than this share of the longest one go into a batch of their own, which bounds what padding costs.
+#: Rows shorter than this share of the longest one go into a batch of their own.
 _LEAST_FILLED = 0.75
 
 
@@ -80,7 +83,7 @@ class SplitModel:
         found = {key: self._kept[key] for key in keys if key in self._kept}
         missing = list(dict.fromkeys(key for key in keys if key not in found))
         device = self.model.device
-        for batch in _batches([len(ids) for ids, _ in missing]):
+        for batch in similar_lengths([len(ids) for ids, _ in missing], MAX_TOKENS, _LEAST_FILLED):
             longest = max(len(missing[index][0]) for index in batch)
             ids = [[*missing[index][0], *[0] * (longest - len(missing[index][0]))] for index in batch]
             hidden = self.model.base_model(input_ids=torch.tensor(ids, device=device), use_cache=False)[0]
@@ -121,14 +124,21 @@ class SplitModel:
             )
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, ``MAX_TOKENS`` padded tokens a batch at most."""
-    batch: list[int] = []
+def similar_lengths(lengths: Sequence[int], max_tokens: int, least_filled: float = 0.0) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first.
+
+    Args:
+        lengths: of sequences, in tokens.
+        max_tokens: of a batch with its padding; a single longer sequence still makes one.
+        least_filled: sequences shorter than this share of a batch's longest one begin another, which bounds what
+            padding costs.
+    """
+    batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
-        longest = lengths[batch[0]] if batch else 0
-        if batch and ((len(batch) + 1) * longest > MAX_TOKENS or lengths[index] < _LEAST_FILLED * longest):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+        longest = lengths[batches[-1][0]] if batches else 0
+        fits = batches and (len(batches[-1]) + 1) * longest <= max_tokens
+        if fits and lengths[index] >= least_filled * longest:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cmc_server.errors import ConfigError, MapError, one_line
+from cmc_server.fusion.states import similar_lengths
 from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
@@ -169,16 +170,3 @@ class FrozenTemplate:
                 f"The template LLM ({self.model.config.model_type}) changes its logits after the output head, which "
                 "training does not support; choose a template without scaled or capped logits."
             )
-
-
-def similar_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, the longest first; padded, each holds at most ``max_tokens`` tokens or one
-    sequence."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        # The first of a batch is its longest.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches

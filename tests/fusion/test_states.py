@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cmc_server.fusion.states import Row, SplitModel
+from cmc_server.fusion.states import Row, SplitModel, similar_lengths
 
 HIDDEN = 16
 ROW_BYTES = 2 * HIDDEN * 4  # two positions, float32
@@ -60,3 +62,15 @@ def test_nothing_is_kept_without_room(model: LlamaForCausalLM) -> None:
     split, reads = SplitModel(model, "x", kept_bytes=0), Reads(model)
     before, after = split.states(rows(5)), split.states(rows(5))
     assert reads.count == 2 and torch.equal(before[0], after[0])
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200), st.sampled_from([0.0, 0.75]))
+def test_similar_lengths(lengths: list[int], max_tokens: int, least_filled: float) -> None:
+    batches = similar_lengths(lengths, max_tokens, least_filled)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) == 1 or len(batch) * longest <= max_tokens
+        assert min(lengths[index] for index in batch) >= least_filled * longest
+    order = [lengths[index] for batch in batches for index in batch]
+    assert order == sorted(order, reverse=True)

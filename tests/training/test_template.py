@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from cmc_server.errors import ConfigError
 from cmc_server.training import template as template_module
-from cmc_server.training.template import FrozenTemplate, similar_lengths
+from cmc_server.training.template import FrozenTemplate
 
 
 def test_batches_give_the_states_of_one_by_one(
@@ -31,17 +29,6 @@ def test_batches_give_the_states_of_one_by_one(
             torch.testing.assert_close(found[index], expected, atol=1e-6, rtol=1e-5)
             logits = model(torch.tensor([ids])).logits[0, start:]
             torch.testing.assert_close(template.logits(found[index]), logits, atol=1e-5, rtol=1e-4)
-
-
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
-def test_similar_lengths(lengths: list[int], max_tokens: int) -> None:
-    batches = similar_lengths(lengths, max_tokens)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        longest = max(lengths[index] for index in batch)
-        assert len(batch) == 1 or len(batch) * longest <= max_tokens
-    order = [lengths[index] for batch in batches for index in batch]
-    assert order == sorted(order, reverse=True)
 
 
 def test_the_fingerprint_follows_weights_and_configuration_alone(template_folder: Path) -> None:
