@@ -3,8 +3,9 @@
     python benchmarks/editing_stream.py [--gigabytes 2] [--folder DIR] [--output REPORT.json]
 
 Makes a synthetic bfloat16 checkpoint and two trained copies of it in shards of half a gigabyte (a transformer's shapes:
-embeddings and square and wide matrices), then, in interleaved rounds, copies a trained one file by file, edits it with
-each method and merges it with the other one (`task-arithmetic`), every run in a process of its own. Files are
+embeddings and square and wide matrices), then, in rounds, edits a trained one with each method and merges it with the
+other one (`task-arithmetic`), each time right beside a copy of the same files: in one round the copy comes first, in
+the next one the method, since what ran before decides what memory costs. Every run is a process of its own. Files are
 synchronised to the disk, and dropped from the page cache where that is allowed, so that all read and write the same
 disk. The time for loading Python's libraries is left out, and reported. Beside the wall clock stands the CPU time of
 each run, which other work on the machine disturbs less.
@@ -72,6 +73,14 @@ class Run:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A copy and a method that ran one right after the other."""
+
+    copy: Run
+    method: Run
+
+
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -87,8 +96,12 @@ def main() -> None:
         begin = time.perf_counter()
         idle = _run(EDIT)
         startup = time.perf_counter() - begin
-        rounds = [_round(folder, sizes, arguments.methods) for _ in range(arguments.rounds)]
-    copy = statistics.median(one["copy"].seconds for one in rounds)
+        pairs: dict[str, list[Pair]] = {method: [] for method in arguments.methods}
+        for number in range(arguments.rounds):
+            for method, found in pairs.items():
+                found.append(_pair(folder, sizes, method, copy_first=number % 2 == 0))
+    copies = [pair.copy.seconds for found in pairs.values() for pair in found]
+    copy = statistics.median(copies)
     report = {
         "benchmark": "editing_stream",
         "machine": {**describe_machine("torch", "safetensors"), "threads": torch.get_num_threads()},
@@ -97,10 +110,14 @@ def main() -> None:
         "rounds": arguments.rounds,
         "page_cache_dropped": _drop_cache([]),
         "speed_bound": BOUNDS,
-        "copy": {"seconds": round(copy, 2), "bytes_per_second": round(sum(sizes) / copy)},
+        "copy": {
+            "seconds": round(copy, 2),
+            "least_and_most_seconds": [round(min(copies), 2), round(max(copies), 2)],
+            "bytes_per_second": round(sum(sizes) / copy),
+        },
         "startup_seconds": round(startup, 2),
         "idle_process_bytes": idle.peak_bytes,
-        "methods": {method: _summary(method, rounds, sizes, idle) for method in arguments.methods},
+        "methods": {method: _summary(method, found, sizes, idle) for method, found in pairs.items()},
     }
     keep(report, arguments.output)
 
@@ -152,27 +169,24 @@ def _make(folder: Path, size: int) -> None:
         (folder / which / "model.safetensors.index.json").write_text(index, "utf-8")
 
 
-def _round(folder: Path, sizes: list[int], methods: list[str]) -> dict[str, Run]:
-    """The copy and every method once."""
+def _pair(folder: Path, sizes: list[int], method: str, copy_first: bool) -> Pair:
+    """A copy and a method, one right after the other."""
     base, post, other, output = (folder / name for name in ("base", *TRAINED, "output"))
-    results = {}
-    _drop_cache([base, post, other])
-    output.mkdir()
-    run = _run(COPY, post, output, *sorted(path.name for path in post.glob("*.safetensors")))
-    results["copy"] = replace(run, seconds=run.seconds + _synchronise(output))
-    shutil.rmtree(output)
-    for method in methods:
+    runs = {}
+    for which in ("copy", method) if copy_first else (method, "copy"):
         _drop_cache([base, post, other])
-        words = ["edit", base, post, "--method", method] if method in EDITS else ["merge", base, post, other, *MERGE]
-        run = _run(EDIT, *words, "-o", output)
-        results[method] = replace(run, seconds=run.seconds + _synchronise(output))
-        written = [path.stat().st_size for path in sorted(output.glob("*.safetensors"))]
-        assert written == sizes, "the edit wrote another layout"
+        if which == "copy":
+            output.mkdir()
+            run = _run(COPY, post, output, *sorted(path.name for path in post.glob("*.safetensors")))
+        else:
+            trained: list[object] = [post, other, *MERGE] if method == "merge" else [post, "--method", method]
+            run = _run(EDIT, "merge" if method == "merge" else "edit", base, *trained, "-o", output)
+        runs[which] = replace(run, seconds=run.seconds + _synchronise(output))
+        assert [path.stat().st_size for path in sorted(output.glob("*.safetensors"))] == sizes, "another layout"
         shutil.rmtree(output)
-        print(
-            f"{method}: {results[method].seconds:.1f} s beside {results['copy'].seconds:.1f} s of copying", flush=True
-        )
-    return results
+    pair = Pair(runs["copy"], runs[method])
+    print(f"{method}: {pair.method.seconds:.1f} s beside {pair.copy.seconds:.1f} s of copying", flush=True)
+    return pair
 
 
 def _run(code: str, *words: object) -> Run:
@@ -200,22 +214,24 @@ def _drop_cache(folders: list[Path]) -> bool:
     """Forget the pages of files that are on the disk already; whether this system can."""
     if not hasattr(os, "posix_fadvise"):
         return False
+    os.sync()  # nothing that the run before left to write, or to discard, falls into the next one
     for folder in folders:
-        _synchronise(folder)
         for path in folder.iterdir():
             with path.open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
-def _summary(method: str, rounds: list[dict[str, Run]], sizes: list[int], idle: Run) -> dict[str, Any]:
-    runs = [one[method] for one in rounds]
-    speed = statistics.median(one["copy"].seconds / one[method].seconds for one in rounds)
+def _summary(method: str, pairs: list[Pair], sizes: list[int], idle: Run) -> dict[str, Any]:
+    runs = [pair.method for pair in pairs]
+    speeds = [pair.copy.seconds / pair.method.seconds for pair in pairs]
+    speed = statistics.median(speeds)
     peak = max(run.peak_bytes for run in runs)
     return {
         "seconds": round(statistics.median(run.seconds for run in runs), 2),
         "cpu_seconds": round(statistics.median(run.cpu_seconds for run in runs) - idle.cpu_seconds, 2),
         "speed_of_copy": round(speed, 3),
+        "least_and_most_speed_of_copy": [round(min(speeds), 3), round(max(speeds), 3)],
         "throughput_of_copy": round(speed / BOUNDS["merge" if method == "merge" else "edit"], 3),
         "peak_bytes": peak,
         "peak_beyond_idle_per_largest_shard": round((peak - idle.peak_bytes) / max(sizes), 3),

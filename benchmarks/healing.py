@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import shutil
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 
 import yaml
 from benchmark_report import describe_machine, keep
-from sparsify import loss_of, split
+from sparsify import MEASURED, loss_of, perplexities, split
 from sparsify import run as report_of
 from unlearning import RECIPES, make, run
 
@@ -35,7 +34,6 @@ from cmc_server.demo.models import demo_model
 from cmc_server.fusion.scoring import FusedLM
 
 ADAPTERS = ("pooled", "lora", "masked-lora", "oracle")
-MEASURED = ("test", "neutral")
 #: In the reports of `sparsify`.
 DIAGNOSED = ("parameters", "dense_interference", "interference", "merge_gap", "steps")
 
@@ -120,11 +118,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for one in results:
-        cells = []
-        for kind in MEASURED:
-            values = [math.exp(losses[kind]) for losses in one["losses"]]
-            spread = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        cells = perplexities(one["losses"])
         for name in ("interference", "merge_gap"):
             known = [losses[name] for losses in one["losses"] if name in losses]
             cells.append(f"{statistics.mean(known):.3g}" if known else "")

@@ -63,6 +63,10 @@ class Checkpoint:
         """Elements of a tensor, see :meth:`Shard.read`."""
         return self._shard_of[name].read(name, start, stop)
 
+    def forget(self, name: str) -> None:
+        """Give the page cache's memory of a tensor back, see :meth:`Shard.forget`."""
+        self._shard_of[name].forget(name)
+
     def check_finite(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Refuse NaN and infinity among the elements of a tensor.
 

@@ -65,7 +65,8 @@ class Shard:
     """A safetensors file whose header has been read and checked by the library; no tensor has.
 
     Pieces are read into memory of their own rather than mapped, so that what is resident is what is being worked on,
-    and not the whole file once it has been walked through. The file stays open, so that the system reads ahead.
+    and not the whole file once it has been walked through. The file stays open, so that the system reads ahead. What
+    was not in the page cache before can be dropped from it again, see :meth:`forget`.
 
     Args:
         path: the file.
@@ -77,10 +78,11 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with safe_open(path, framework="pt"):
-                pass
             self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             weakref.finalize(self, os.close, self._file)
+            self._was_cached = _is_cached(self._file)
+            with safe_open(path, framework="pt"):
+                pass
             size = os.pread(self._file, 8, 0)
             self.header = size + os.pread(self._file, struct.unpack("<Q", size)[0], 8)
         except (SafetensorError, OSError) as error:
@@ -119,6 +121,27 @@ class Shard:
                 raise EditingError(f"{self.path} ends within {name}; it was changed while it was read.")
             filled += got
         return raw.view(stored.dtype)
+
+    def forget(self, name: str) -> None:
+        """Give the page cache's memory of a tensor back, unless the file was there before we came.
+
+        Memory that is used again at once is much cheaper for the system than more and more of it.
+        """
+        if not self._was_cached:
+            stored = self.tensors[name]
+            os.posix_fadvise(self._file, stored.offset, stored.num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _is_cached(file: int) -> bool:
+    """Whether the middle of a file is in the page cache; also where the system cannot say."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    try:
+        return bool(os.preadv(file, [bytearray(1)], os.fstat(file).st_size // 2, os.RWF_NOWAIT))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without it
+        return True
 
 
 def write_shard(path: Path, header: bytes, pieces: Iterable[Tensor]) -> None:

@@ -135,13 +135,16 @@ class Edit:
         draws, measured = torch.Generator(), None
         for read in self._read_all(names):
             piece = read.piece
-            if not read.deltas:
-                yield self._copied(piece, read.posts[0])
-                continue
-            if piece.start == 0:
+            if read.deltas and piece.start == 0:
                 self.totals.tensors += 1
                 measured, draws = self.measure(piece.name), generator(self.seed, piece.name)
-            yield self._edited(read, self.method.measured_rows(measured, piece.rows), draws)
+            if read.deltas:
+                yield self._edited(read, self.method.measured_rows(measured, piece.rows), draws)
+            else:
+                yield self._copied(piece, read.posts[0])
+            if piece.stop == self.sources.post.stored(piece.name).num_elements:
+                for checkpoint in self.sources.checkpoints:
+                    checkpoint.forget(piece.name)
 
     def delta(self, name: str) -> Tensor:
         """All delta parameters of a tensor in the first post-trained model, float32 in its shape."""

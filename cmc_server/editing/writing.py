@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ def part_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                _synchronise(path)
         if output.exists():
             output.rename(old)
         part.rename(output)
@@ -72,6 +76,12 @@ def part_folder(output: Path) -> Iterator[Path]:
         raise EditingError(f"The output folder {output} cannot be written: {error}.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _synchronise(path: Path) -> None:
+    """Wait until a file is on the disk, so that not even a power failure leaves half of it under the final name."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def copy_companions(source: Path, target: Path) -> None:

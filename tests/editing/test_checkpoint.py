@@ -40,6 +40,16 @@ def test_pieces_of_a_tensor_are_the_tensor(post: Path) -> None:
         assert torch.equal(file.read(name), flat) and torch.equal(file.read(name, 3, 11), flat[3:11])
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_forgotten_tensors_can_be_read_again(post: Path, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    monkeypatch.setattr("cmc_server.editing.shards._is_cached", lambda file: cached)
+    whole = Checkpoint(post)
+    for name in whole.names:
+        before = whole.read(name)
+        whole.forget(name)
+        assert torch.equal(whole.read(name), before)
+
+
 def test_every_type_and_odd_shapes_survive(tmp_path: Path) -> None:
     weights = {
         "scalar": torch.tensor(1.5),
