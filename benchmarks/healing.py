@@ -5,7 +5,8 @@
 The delta has no weights to interfere with: it is trained beside the pruned LLM and added to its logits, at strength 1.
 The pooled adapter, LoRA and masked LoRA are merged into the weights that stay, and have about as many parameters as the
 delta (2.4 million); the oracle trains all the weights that stay. All read the same texts in one round, in batches of
-one size; each has its best learning rate of --rates, found with the first seed on other texts than those measured.
+one size; each has its best learning rate of --rates (the oracle, whose parameters are weights, of --oracle-rates),
+found with the first seed on other texts than those measured.
 --passes is how often the delta reads the texts: adapters read them once. Texts are those of ``benchmarks/sparsify.py``.
 Works in FOLDER, step by step: what lies there finished is not made again. --only makes some of the ways alone, so that
 two processes can share the work before a third one collects it. Prints perplexities, interference and merge gaps and,
@@ -106,9 +107,9 @@ class Lab:
             total, count = total - float(scores.sum()), count + len(scores)
         return total / count
 
-    def best(self, measure: Any) -> tuple[float, dict[str, float]]:
+    def best(self, measure: Any, rates: Sequence[float]) -> tuple[float, dict[str, float]]:
         """The learning rate of the least loss of validation texts, with the first seed."""
-        losses = {rate: measure(rate, self.options.seeds[0])["validation"] for rate in self.options.rates}
+        losses = {rate: measure(rate, self.options.seeds[0])["validation"] for rate in rates}
         return min(losses, key=lambda rate: losses[rate]), {f"{rate:g}": loss for rate, loss in losses.items()}
 
 
@@ -131,7 +132,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--oracle-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--sequences", type=int, default=128, help="of 512 tokens that pruning is calibrated on")
     parser.add_argument("--batch-size", type=int, default=4, help="texts of a step")
@@ -153,7 +155,7 @@ def main() -> None:
         for name, measure in ways.items():
             if options.only and name.partition(",")[0] not in options.only:
                 continue
-            rate, tried = lab.best(measure)
+            rate, tried = lab.best(measure, options.oracle_rates if name == "oracle" else options.rates)
             losses = [measure(rate, seed) for seed in options.seeds]
             results.append({"sparsity": sparsity, "by": name, "rate": rate, "tried": tried, "losses": losses})
             print(table(results), flush=True)

@@ -1,13 +1,15 @@
-"""Draw what `merged_deltas.py` and `expo_strength.py` found, from the results they left.
+"""Draw what `merged_deltas.py`, `expo_strength.py` and `healing.py` found, from the results they left.
 
 python benchmarks/weight_plots.py merged benchmarks/results/merged_deltas.json docs/images/merged.png
 python benchmarks/weight_plots.py expo benchmarks/results/expo_strength.json docs/images/expo.png
+python benchmarks/weight_plots.py healing benchmarks/results/healing.json docs/images/healing.png
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ STYLES = {
     "regmean": ("#999999", "x"),
     "gradient-matching": ("#cc79a7", "1"),
 }
+
+
+#: What perplexities are of.
+TEXTS = ("held-out answers", "neutral texts")
 
 
 def draw_merged(report: dict[str, Any]) -> Figure:
@@ -59,14 +65,30 @@ def draw_expo(report: dict[str, Any]) -> Figure:
     return figure
 
 
+def draw_healing(report: dict[str, Any]) -> Figure:
+    """Perplexity by what healed a pruned LLM, a point for each seed, on the texts learned from and on neutral ones."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    names = [f"{one['by']}, {one['sparsity']:.0%} pruned" for one in report["results"]]
+    for axes, kind, title in zip(figure.subplots(1, 2, sharey=True), ("test", "neutral"), TEXTS, strict=True):
+        for row, one in enumerate(report["results"]):
+            values = [math.exp(losses[kind]) for losses in one["losses"]]
+            axes.scatter(values, [row] * len(values), s=40, alpha=0.7, color="#0072b2")
+        axes.set(title=title, xlabel="perplexity", yticks=range(len(names)), yticklabels=names)
+        axes.grid(alpha=0.3)
+    axes.invert_yaxis()
+    return figure
+
+
+DRAWINGS = {"merged": draw_merged, "expo": draw_expo, "healing": draw_healing}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("merged", "expo"))
+    parser.add_argument("what", choices=DRAWINGS)
     parser.add_argument("report", type=Path)
     parser.add_argument("image", type=Path)
     options = parser.parse_args()
-    report = json.loads(options.report.read_text("utf-8"))
-    figure = draw_merged(report) if options.what == "merged" else draw_expo(report)
+    figure = DRAWINGS[options.what](json.loads(options.report.read_text("utf-8")))
     FigureCanvasAgg(figure)
     figure.savefig(options.image, dpi=120)
 

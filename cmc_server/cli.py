@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cmc_server import __version__
-from cmc_server.errors import UserError
+from cmc_server.errors import ConfigError, UserError
+
+#: Verbs that SIGTERM ends as Ctrl-C does. The others have their own ways, or leave nothing behind.
+_EDITING = ("edit", "merge", "sparsify")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +30,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0, or 2 for what the user got wrong, after one sentence on stderr.
+        The exit code: 0, or 2 for what the user got wrong, after one sentence on stderr. With the words of the process
+        also 128 and the number of a signal that ended it: 130 Ctrl-C, 143 SIGTERM, 141 nobody read its output.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:  # an interruption is the caller's
+        return _command(list(argv))
+    if sys.argv[1:2] == ["serve"]:  # vLLM heeds signals itself
+        return _command(sys.argv[1:])
+    return _process(sys.argv[1:])
+
+
+def _process(words: list[str]) -> int:
+    try:
+        try:
+            with _heeding_termination(words):
+                return _command(words)
+        finally:
+            sys.stdout.flush()  # what this raises could not be caught at exit
+    except KeyboardInterrupt as stop:
+        print("cmc-server: interrupted before it was done.", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the rest would be tried again at exit
+        return 128 + signal.SIGPIPE
+
+
+@contextmanager
+def _heeding_termination(words: Sequence[str]) -> Iterator[None]:
+    """Lets an editing verb clean up behind itself when it is terminated, unless whoever started it has it ignored."""
+    if words[:1] and words[0] in _EDITING and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    else:
+        yield
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _is_unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; a connection may break as well."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _command(words: list[str]) -> int:
     try:
         if words[:1] == ["serve"]:  # everything behind it belongs to the server's own parser and vLLM's
             from cmc_server.api.server import run_serve
@@ -119,6 +179,13 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if value is not None and name not in ("verb", "json")}
 
 
+def _seed(text: str) -> int:
+    """A seed, in the range that a recipe's has."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < 2**32):
+        raise ConfigError(f"--seed must be a whole number from 0 to {2**32 - 1}, not {text}.")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cmc-server",
@@ -152,7 +219,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_edit(verbs.add_parser("edit", help="edit what training changed in a checkpoint, and measure or pack it"))
 
-    _add_merge(verbs.add_parser("merge", help="merge checkpoints trained from one base, or take training out again"))
+    _add_merge(
+        verbs.add_parser(
+            "merge",
+            help="merge checkpoints trained from one base, or take training out again",
+            epilog="Curvature files are made by another verb, see cmc-server merge measure --help.",
+        )
+    )
 
     _add_measure(verbs.add_parser("merge measure", help="measure the curvature that some merges need"))
 
@@ -204,7 +277,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="sequences at once (32)")
     parser.add_argument("--dtype", help="float32 or bfloat16 (float32)")
     parser.add_argument("--device", help="cpu, cuda, ... (cpu)")
-    parser.add_argument("--seed", type=int, help="of the bootstrap (0)")
+    parser.add_argument("--seed", type=_seed, help="of the bootstrap (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -228,7 +301,7 @@ def _add_edit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", action="append", metavar="PATTERN", help="edit only tensors of such names (*)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="keep tensors of such names as in POST")
-    parser.add_argument("--seed", type=int, help="of random masks and magnitudes (0)")
+    parser.add_argument("--seed", type=_seed, help="of random masks and magnitudes (0)")
     parser.add_argument("--packed", action="store_true", help="bitdelta: store one bit for each weight, and scales")
     parser.add_argument("--calibrate", type=Path, metavar="DATA", help="bitdelta: train the scales on these texts")
     parser.add_argument("--calibration-steps", type=int, metavar="N", help="optimiser steps of --calibrate (200)")
@@ -281,7 +354,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", help="fisher, or gram for regmean (fisher)")
     parser.add_argument("--examples", type=int, metavar="N", help="use only the first N texts")
     parser.add_argument("--dataset-size", type=int, metavar="N", help="texts that MODEL learned from (those in DATA)")
-    parser.add_argument("--seed", type=int, help="of the labels that the model draws (0)")
+    parser.add_argument("--seed", type=_seed, help="of the labels that the model draws (0)")
     parser.add_argument("--force", action="store_true", help="replace a file that lies at the output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -312,7 +385,7 @@ def _add_sparsify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heldout", type=Path, metavar="DATA", help="texts to measure losses on")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="prune only tensors of such names (*)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="leave tensors of such names dense")
-    parser.add_argument("--seed", type=int, help="of samples, first factors and dropout (0)")
+    parser.add_argument("--seed", type=_seed, help="of samples, first factors and dropout (0)")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--dry-run", action="store_true", help="do everything but write")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that lies at the output")

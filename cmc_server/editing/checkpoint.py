@@ -15,6 +15,7 @@ from cmc_server.errors import EditingError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PACKED_FILE = "packed.safetensors"
 _NAMED = 5  # tensors or tokens that a message names at most
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -37,6 +38,11 @@ class Checkpoint:
         index = _read_index(folder)
         names = [WEIGHTS] if index is None else sorted(set(index.values()))
         missing = [name for name in names if not (folder / name).is_file()]
+        if missing and (folder / PACKED_FILE).is_file():
+            raise EditingError(
+                f"{folder} holds packed weights, which cannot be edited as they are; write them as a regular folder "
+                "first, with unpack_folder of cmc_server.delta.packed."
+            )
         if missing:
             raise EditingError(f"{folder} has no {missing[0]}; a checkpoint in safetensors is needed.")
         self.shards = [Shard(folder / name) for name in names]

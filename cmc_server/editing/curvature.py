@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ class CurvatureFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_dir():
+            raise EditingError(f"{path} is a folder; give a curvature file, made with cmc-server merge measure.")
         self._shard = Shard(path)
         metadata = json.loads(self._shard.header[8:]).get("__metadata__", {})
         try:
@@ -91,6 +94,9 @@ class CurvatureFile:
             )
         except (KeyError, ValueError, TypeError):
             raise EditingError(f"{path} is no curvature file; make one with cmc-server merge measure.") from None
+        size = self.origin.dataset_size
+        if not 0 < size < 2**63:
+            raise EditingError(f"{path} says that its data set has {size} texts, which cannot be; measure it again.")
 
     def check(self, checkpoint: Checkpoint, kind: Kind) -> None:
         """Refuse a file of another kind, or one that belongs to other weights.
@@ -128,12 +134,12 @@ class CurvatureFile:
         Raises:
             EditingError: it is not finite, or a Fisher below 0.
         """
-        values = self._shard.read(name, start, stop).float()
+        values = self._shard.read(name, start, stop).float().mul_(self.origin.dataset_size)
         if values.numel():
             low, high = (float(end) for end in values.aminmax())
             if not (math.isfinite(low) and math.isfinite(high)) or (self.origin.kind == "fisher" and low < 0):
                 raise EditingError(f"{self.path} holds numbers for {name} that no curvature has; measure it again.")
-        return values.mul_(self.origin.dataset_size)
+        return values
 
 
 def write_curvature(path: Path, tensors: Mapping[str, Tensor], origin: CurvatureOrigin) -> None:
@@ -147,7 +153,7 @@ def write_curvature(path: Path, tensors: Mapping[str, Tensor], origin: Curvature
     Raises:
         EditingError: the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may write one file; the later one stays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Cloned, since safetensors refuses tensors that share memory, as tied weights do.

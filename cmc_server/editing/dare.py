@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: The numbers that masks come from are 2^-24 apart, so that a higher rate could not be told from 1.
+MAX_DROP = 1 - 2**-20
+
 
 def dare(delta: Tensor, drop: float, generator: torch.Generator, k: float = 0.0) -> Tensor:
     """DARE in the general form of the unified view of delta parameter editing (arXiv:2410.13841).
@@ -18,7 +21,7 @@ def dare(delta: Tensor, drop: float, generator: torch.Generator, k: float = 0.0)
 
     Args:
         delta: D = W_post - W_base, any shape, float32.
-        drop: p in [0, 1).
+        drop: p in [0, 1), at most :data:`MAX_DROP`.
         generator: where the mask comes from; one number is drawn for each element, in row-major order, so that a
             tensor may be given in pieces.
         k: what the marked parameters are multiplied by.
@@ -27,9 +30,10 @@ def dare(delta: Tensor, drop: float, generator: torch.Generator, k: float = 0.0)
         The edited delta parameters, float32 in the shape of ``delta``.
 
     Raises:
-        ValueError: p lies outside [0, 1), where the rescaling has no meaning.
+        ValueError: p lies outside that.
     """
-    _check(drop)
+    if not 0 <= drop <= MAX_DROP:
+        raise ValueError(f"the drop rate must lie in [0, {MAX_DROP}], not {drop}")
     kept = torch.rand(delta.shape, generator=generator).ge_(drop)  # 1.0 and 0.0: far faster than bool and where
     return delta * kept.mul_((1 - k * drop) / (1 - drop) - k).add_(k)
 
@@ -43,7 +47,8 @@ def edit_intensity(drop: float, k: float = 0.0) -> float:
     Raises:
         ValueError: p lies outside [0, 1).
     """
-    _check(drop)
+    if not 0 <= drop < 1:
+        raise ValueError(f"the drop rate must lie in [0, 1), not {drop}")
     return (k - 1) ** 2 * drop / (1 - drop)
 
 
@@ -59,8 +64,3 @@ def first_order_variance(delta: Tensor, gradient: Tensor, drop: float, k: float 
         k: as for :func:`dare`.
     """
     return edit_intensity(drop, k) * float((delta.double() * gradient.double()).square().sum())
-
-
-def _check(drop: float) -> None:
-    if not 0 <= drop < 1:
-        raise ValueError(f"the drop rate must lie in [0, 1), not {drop}")

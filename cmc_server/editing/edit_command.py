@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 from cmc_server import __version__
-from cmc_server.editing.checkpoint import Checkpoint
+from cmc_server.editing.checkpoint import PACKED_FILE, Checkpoint
 from cmc_server.editing.dare import edit_intensity
 from cmc_server.editing.edit_options import EditOptions
 from cmc_server.editing.methods import BitDelta, Dare
-from cmc_server.editing.packed import PACKED_FILE, write_packed
-from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
+from cmc_server.editing.packed import write_packed
+from cmc_server.editing.runs import check_finite, identity, output_folder, progress, result_of, run_dry, write_weights
 from cmc_server.editing.sources import Sources
 from cmc_server.editing.stream import Edit
-from cmc_server.editing.writing import check_output
+from cmc_server.editing.writing import check_output, check_record
+from cmc_server.errors import EditingError
+
+_TOO_LARGE = "the edited weights are too large to be measured; give --alpha, --factor or --k nearer to 0"
 
 
 def run_edit(options: EditOptions, as_json: bool = False) -> int:
@@ -43,19 +46,32 @@ def run_edit(options: EditOptions, as_json: bool = False) -> int:
         exclude=options.exclude,
     )
     if options.output is not None:
-        check_output(options.output, sources.checkpoints, force=options.force)
+        read = [*(one.folder for one in sources.checkpoints), options.calibrate, options.analyse]
+        check_output(options.output, read, force=options.force, dry_run=options.dry_run)
+    check_record(sources.post.folder)
+    _check_taken(options, sources)
     scales = _scales(options, sources)
     report = _describe(options, sources)
     if options.analyse is not None:
         report["analysis"] = _analyse(options, options.analyse, Edit(sources, options.build(), options.seed, scales))
+        check_finite(report["analysis"], _TOO_LARGE, "analysis")
     edit = Edit(sources, options.build(), options.seed, scales)
     if options.dry_run or options.output is None:
         run_dry(edit)
-        report["result"] = result_of(edit)
+        report["result"] = _result(edit)
     else:
         _write(options, options.output, edit, scales, report)
-    sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n" if as_json else _text(report))
+    sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n" if as_json else _text(report))
     return 0
+
+
+def _check_taken(options: EditOptions, sources: Sources) -> None:
+    method = options.build()
+    if not any(sources.is_edited(name, method) for name in sources.post.names):
+        raise EditingError(
+            f"--method {options.method} takes none of the tensors of {sources.post.folder} that --only and --exclude "
+            "leave; give other patterns."
+        )
 
 
 def _scales(options: EditOptions, sources: Sources) -> dict[str, torch.Tensor] | None:
@@ -90,7 +106,8 @@ def _write(
     report: dict[str, Any],
 ) -> None:
     post = edit.sources.post
-    with output_folder(post, output, report) as part, progress(edit.sources, "edit") as advance:
+    folder = output_folder(post, output, report, force=options.force)
+    with folder as part, progress(edit.sources, "edit") as advance:
         if options.packed and scales is not None:
             write_packed(edit, scales, part, advance)
             size = (part / PACKED_FILE).stat().st_size
@@ -98,7 +115,13 @@ def _write(
             report["packed"] = {"bytes": size, "share_of_float16": size / (2 * elements)}
         else:
             write_weights(edit, part, advance)
-        report["result"] = result_of(edit)
+        report["result"] = _result(edit)
+
+
+def _result(edit: Edit) -> dict[str, Any]:
+    result = result_of(edit)
+    check_finite(result, _TOO_LARGE, "result")
+    return result
 
 
 def _describe(options: EditOptions, sources: Sources) -> dict[str, Any]:

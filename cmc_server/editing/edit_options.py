@@ -78,9 +78,23 @@ class EditOptions:
             "--analyse-examples must be at least 1.": self.analyse_examples < 1,
             "--mask-seeds must be at least 2.": self.mask_seeds < 2,
         }
-        for sentence, wrong in problems.items():
+        for sentence, wrong in (problems | self._idle(method.draws)).items():
             if wrong:
                 raise ConfigError(sentence)
+
+    def _idle(self, draws: bool) -> dict[str, bool]:
+        """Settings that would have no effect, told by a value other than the default."""
+        calibrated, analysed = self.calibrate is not None, self.analyse is not None
+        return {
+            "--calibration-steps is for --calibrate.": not calibrated
+            and self.calibration_steps != EditOptions.calibration_steps,
+            "--calibration-rate is for --calibrate.": not calibrated
+            and self.calibration_rate != EditOptions.calibration_rate,
+            "--analyse-examples is for --analyse.": not analysed
+            and self.analyse_examples != EditOptions.analyse_examples,
+            "--mask-seeds is for --analyse of a method that draws.": not (analysed and draws)
+            and self.mask_seeds != EditOptions.mask_seeds,
+        }
 
     @property
     def zero_base(self) -> bool:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from cmc_server.editing.checkpoint import Checkpoint
-from cmc_server.editing.curvature import CurvatureOrigin, Kind, write_curvature
+from cmc_server.editing.curvature import CurvatureFile, CurvatureOrigin, Kind, write_curvature
 from cmc_server.editing.fisher import diagonal_fisher
 from cmc_server.editing.gram import gram_matrices
 from cmc_server.editing.models import load_model
+from cmc_server.editing.places import check_not_read, place_of
 from cmc_server.editing.texts import encode_all, read_texts
 from cmc_server.errors import ConfigError, EditingError
 
@@ -30,7 +31,7 @@ class MeasureOptions:
         examples: use only the first so many; None takes all.
         dataset_size: N that the model was trained on; None takes the number of records in the file.
         seed: of the labels that the model draws.
-        force: replace a file at ``output``.
+        force: replace a curvature file at ``output``.
 
     Raises:
         ConfigError: a value is out of range.
@@ -68,9 +69,7 @@ def run_measure(options: MeasureOptions, as_json: bool = False) -> int:
         EditingError: the model cannot be used, the file exists or cannot be written, or a gradient is not finite.
         ConfigError: the data cannot be used.
     """
-    output = options.output
-    if output.is_dir() or (output.exists() and not options.force):
-        raise EditingError(f"The output {output} exists; give another file, or --force to replace a file.")
+    _check_output(options)
     checkpoint = Checkpoint(options.model)
     texts = read_texts(options.data)
     model = load_model(checkpoint, torch.float32)
@@ -86,10 +85,26 @@ def run_measure(options: MeasureOptions, as_json: bool = False) -> int:
         raise EditingError(f"The {options.kind} of {broken[0]} is not finite; {options.model} is broken, or overflows.")
     size = options.dataset_size or len(texts)
     origin = CurvatureOrigin(options.kind, made, len(examples), size, checkpoint.file_hashes())
-    write_curvature(output, own, origin)
-    report = asdict(origin) | {"tensors": len(own), "output": str(output)}
+    _check_output(options)  # once more: measuring took its time
+    write_curvature(place_of(options.output), own, origin)
+    report = asdict(origin) | {"tensors": len(own), "output": str(options.output)}
     sys.stdout.write(json.dumps(report) + "\n" if as_json else _text(report))
     return 0
+
+
+def _check_output(options: MeasureOptions) -> None:
+    output, place = options.output, place_of(options.output)
+    check_not_read(output, (options.model, options.data))
+    if not place.exists():
+        return
+    if not place.is_file() or not options.force:
+        raise EditingError(f"The output {output} exists; give another file, or --force to replace a curvature file.")
+    try:
+        CurvatureFile(place)
+    except EditingError:
+        raise EditingError(
+            f"{output} is no curvature file, so that --force does not replace it; give another file."
+        ) from None
 
 
 def _text(report: dict[str, object]) -> str:

@@ -14,10 +14,12 @@ from cmc_server.editing.curvature import CurvatureFile
 from cmc_server.editing.merge_inputs import Merge
 from cmc_server.editing.merge_methods import Guard
 from cmc_server.editing.merge_options import MergeOptions
-from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
+from cmc_server.editing.runs import check_finite, identity, output_folder, progress, result_of, run_dry, write_weights
 from cmc_server.editing.sources import Sources
 from cmc_server.editing.stream import Edit
-from cmc_server.editing.writing import check_output
+from cmc_server.editing.writing import check_output, check_record
+
+_TOO_LARGE = "the merged weights are too large to be measured; give --weights, --alphas or --factor nearer to 0"
 
 
 def run_merge(options: MergeOptions, as_json: bool = False) -> int:
@@ -37,29 +39,33 @@ def run_merge(options: MergeOptions, as_json: bool = False) -> int:
     sources = Sources(
         base=None if options.zero_base else Checkpoint(Path(options.base)),
         posts=tuple(Checkpoint(path) for path in options.models),
+        # What is left of a base is that base; what is merged is presented as the first model is.
+        as_base=options.remove and not options.zero_base,
     )
     target = None if options.against is None else Checkpoint(options.against)
     if options.output is not None:
-        read = [*sources.checkpoints, *([] if target is None else [target])]
-        check_output(options.output, read, force=options.force)
+        files = [options.against, *options.data, *options.curvature, options.base_curvature]
+        read = [*(one.folder for one in sources.checkpoints), *files]
+        check_output(options.output, read, force=options.force, dry_run=options.dry_run)
+    check_record(sources.layout.folder)
     merge = Merge(options, sources)
     report = _describe(options, merge)
     if target is not None or options.data:
         from cmc_server.editing.merge_evaluation import evaluate_merge
 
         report["metrics"] = evaluate_merge(merge, target)
+        check_finite(report["metrics"], _TOO_LARGE, "metrics")
     edit = merge.edit()
     if options.dry_run or options.output is None:
         run_dry(edit)
         report["result"] = _result(edit, merge.guard)
     else:
-        # What is left of a base is that base; what is merged is presented as the first model is.
-        like = sources.base if options.remove and sources.base is not None else sources.post
-        with output_folder(like, options.output, report) as part, progress(sources, "merge") as advance:
+        folder = output_folder(sources.layout, options.output, report, force=options.force)
+        with folder as part, progress(sources, "merge") as advance:
             write_weights(edit, part, advance)
             report["result"] = _result(edit, merge.guard)
     _warn(report)
-    sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n" if as_json else _text(report))
+    sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n" if as_json else _text(report))
     return 0
 
 
@@ -82,12 +88,18 @@ def _describe(options: MergeOptions, merge: Merge) -> dict[str, Any]:
 
 def _measured(file: CurvatureFile) -> dict[str, Any]:
     origin = file.origin
-    return {"made": origin.made, "num_examples": origin.num_examples, "dataset_size": origin.dataset_size}
+    return {
+        "file": file.path.name,
+        "made": origin.made,
+        "num_examples": origin.num_examples,
+        "dataset_size": origin.dataset_size,
+    }
 
 
 def _result(edit: Edit, guard: Guard) -> dict[str, Any]:
     result = result_of(edit)
     del result["norm_before"]  # of the first model alone
+    check_finite(result, _TOO_LARGE, "result")
     return result | {"clamped": guard.num_clamped}
 
 

@@ -142,7 +142,12 @@ class GradientMatching(MergeMethod):
         base += self.damping
         hessians, num_clamped = gradient_matching.guarded(hessians, self.weights, base, self.floor)
         measured.guard.num_clamped += num_clamped
-        return gradient_matching.gradient_matching(deltas, hessians, self.weights, base)
+        try:
+            return gradient_matching.gradient_matching(deltas, hessians, self.weights, base)
+        except ValueError:
+            raise EditingError(
+                f"The weighted curvatures of {measured.name} leave float32's range; give --weights nearer to 0."
+            ) from None
 
 
 MERGE_METHODS: dict[str, type[Method]] = {

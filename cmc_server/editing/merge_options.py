@@ -13,6 +13,11 @@ from cmc_server.editing.merge_methods import MERGE_METHODS, GradientMatching, Me
 from cmc_server.editing.methods import Method, Ties, build_method
 from cmc_server.errors import ConfigError
 
+#: What can be added to curvatures: so little or so much that times a delta parameter it still is a float32.
+DAMPING = (1e-30, 1e30)
+#: Least share that a removal can leave of a curvature: rounding in float32 takes some 1e-7.
+FLOOR = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
@@ -75,7 +80,7 @@ class MergeOptions:
             and not removes
             and not isinstance(method, Ties),
         }
-        problems |= self._base_problems(isinstance(method, GradientMatching))
+        problems |= self._base_problems(isinstance(method, GradientMatching)) | self._curvature_problems(method)
         for sentence, wrong in problems.items():
             if wrong:
                 raise ConfigError(sentence)
@@ -88,6 +93,22 @@ class MergeOptions:
             "--method gradient-matching needs --base-curvature, or --damping as the curvature of BASE.": matching
             and not given
             and "damping" not in self.values,
+        }
+
+    def _curvature_problems(self, method: Method) -> dict[str, bool]:
+        low, high = DAMPING
+        alphas, weights = (1.0, *self.alphas), getattr(method, "weights", ())
+        negative = any(alpha * weight < 0 for alpha in alphas for weight in weights)
+        return {
+            f"--damping must lie in [{low:g}, {high:g}], where products in float32 are exact enough.": not low
+            <= getattr(method, "damping", low)
+            <= high,
+            f"--floor must be at least {FLOOR:g}; float32 cannot tell a smaller share from 0.": getattr(
+                method, "floor", FLOOR
+            )
+            < FLOOR,
+            "--floor is for removals: --remove, or negative --weights or --alphas.": "floor" in self.values
+            and not negative,
         }
 
     @property

@@ -61,7 +61,7 @@ class Method(FrozenModel):
 class Dare(Method):
     """Options of :mod:`cmc_server.editing.dare`."""
 
-    drop: float = Field(default=0.9, ge=0, lt=1)
+    drop: float = Field(default=0.9, ge=0, le=dare.MAX_DROP)
     k: float = 0.0
 
     @property
@@ -172,14 +172,24 @@ class Ties(Method):
     drop: float = Field(default=0.8, ge=0, lt=1)
     factor: float = 1.0
 
-    def measure(self, deltas: Deltas, num_models: int) -> list[float]:
-        """Every model's threshold, which takes two passes over its delta parameters."""
-        return [magnitude.pruning_threshold(partial(deltas, model), self.drop) for model in range(num_models)]
+    def measure(self, deltas: Deltas, num_models: int) -> tuple[list[float], float]:
+        """Every model's threshold, which takes two passes over its delta parameters, and the majority's sign: one."""
+        models = range(num_models)
+        thresholds = [magnitude.pruning_threshold(partial(deltas, model), self.drop) for model in models]
+        if num_models == 1:
+            return thresholds, 1.0
+        pieces = zip(*(deltas(model) for model in models), strict=True)
+        return thresholds, ties.majority_sign(_trimmed(piece, thresholds) for piece in pieces)
 
     def apply(self, deltas: Sequence[Tensor], measured: Any, generator: torch.Generator) -> Tensor:
         """Trim and, of several models, elect and merge."""
-        trimmed = [magnitude.prune_below(delta, threshold) for delta, threshold in zip(deltas, measured, strict=True)]
-        return trimmed[0] * self.factor if len(trimmed) == 1 else ties.elect_and_merge(trimmed, self.factor)
+        thresholds, majority = measured
+        trimmed = _trimmed(deltas, thresholds)
+        return trimmed[0] * self.factor if len(trimmed) == 1 else ties.elect_and_merge(trimmed, self.factor, majority)
+
+
+def _trimmed(deltas: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:
+    return [magnitude.prune_below(delta, threshold) for delta, threshold in zip(deltas, thresholds, strict=True)]
 
 
 class Expo(Method):

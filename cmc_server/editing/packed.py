@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmc_server.editing.checkpoint import PACKED_FILE
 from cmc_server.editing.shards import DTYPES, write_shard
 from cmc_server.editing.stream import Edit, told
+from cmc_server.errors import EditingError
 
-PACKED_FILE = "packed.safetensors"
 PACKED_FORMAT = "cmc-packed-1"
+#: As :mod:`cmc_server.delta.packed` unpacks.
+_PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
 _STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -40,6 +43,9 @@ def write_packed(edit: Edit, scales: Mapping[str, Tensor], folder: Path, advance
         scales: float32 of each packed tensor, that broadcast to it.
         folder: exists.
         advance: called with the bytes of each piece, for a progress bar.
+
+    Raises:
+        EditingError: a tensor to pack has a type that packed weights cannot be unpacked to.
     """
     post = edit.sources.post
     packed: dict[str, Any] = {}
@@ -49,6 +55,9 @@ def write_packed(edit: Edit, scales: Mapping[str, Tensor], folder: Path, advance
         if name not in scales:
             layout.append((name, stored.dtype, list(stored.shape)))
             continue
+        if stored.dtype not in _PACKABLE:
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise EditingError(f"{name} of {post.folder} is {kind}, which cannot be packed; leave out --packed.")
         packed[name] = {"shape": list(stored.shape), "dtype": _STORED_NAMES[stored.dtype]}
         layout.append((f"{name}.signs", torch.uint8, [*stored.shape[:-1], -(-stored.shape[-1] // 8)]))
         layout.append((f"{name}.scales", _scale_type(scales[name]), list(scales[name].shape)))

@@ -9,6 +9,9 @@ from cmc_server.editing.checkpoint import Checkpoint, check_agreement
 from cmc_server.editing.methods import Method
 from cmc_server.errors import EditingError
 
+#: What output heads are called.
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -16,23 +19,27 @@ class Sources:
 
     Args:
         base: the model before training; None is zero, so that the delta parameters are the weights themselves.
-        posts: the models after it, one or (for methods that merge) more. What is not edited is taken from the first,
-            and so are layout, stored types and companions of the output.
+        posts: the models after it, one or (for methods that merge) more.
         only: patterns of tensors to edit; empty edits all.
         exclude: patterns of tensors to leave alone.
+        as_base: whether the output is an edited base, see :attr:`layout`; there must be one.
 
     Raises:
-        EditingError: the checkpoints do not agree, or a pattern fits no tensor.
+        EditingError: the checkpoints do not agree, one stores an output head that it ties to its embeddings, or a
+            pattern fits no tensor.
     """
 
     base: Checkpoint | None
     posts: tuple[Checkpoint, ...]
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    as_base: bool = False
 
     def __post_init__(self) -> None:
         for other in self.checkpoints[1:]:
             check_agreement(self.checkpoints[0], other)
+        for checkpoint in self.checkpoints:
+            _check_head(checkpoint)
         for pattern in (*self.only, *self.exclude):
             if not any(fnmatchcase(name, pattern) for name in self.post.names):
                 raise EditingError(f"No tensor of {self.post.folder} fits the pattern {pattern!r}.")
@@ -41,6 +48,12 @@ class Sources:
     def post(self) -> Checkpoint:
         """The first model after training."""
         return self.posts[0]
+
+    @property
+    def layout(self) -> Checkpoint:
+        """What the output is like: files, stored types, companions, and all that is not edited are taken from it."""
+        assert self.base is not None or not self.as_base
+        return self.base if self.as_base and self.base is not None else self.post
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -58,3 +71,13 @@ class Sources:
         low, high = method.dims
         fits = low <= len(stored.shape) <= high and 0 not in stored.shape
         return self.is_chosen(name) and stored.dtype.is_floating_point and fits
+
+
+def _check_head(checkpoint: Checkpoint) -> None:
+    """Refuse one matrix under two names, which a random edit would make into two."""
+    heads = [name for name in _HEADS if name in checkpoint.names]
+    if heads and checkpoint.config.get("tie_word_embeddings"):
+        raise EditingError(
+            f"{checkpoint.folder} stores {heads[0]} though its config ties the output head to the embeddings; load it "
+            "with transformers and save it again (save_pretrained), which leaves that tensor out."
+        )

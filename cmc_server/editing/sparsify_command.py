@@ -15,13 +15,15 @@ from cmc_server import __version__
 from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.mask_file import write_masks
 from cmc_server.editing.methods import Method
-from cmc_server.editing.runs import identity, output_folder, progress, result_of, run_dry, write_weights
+from cmc_server.editing.runs import check_finite, identity, output_folder, progress, result_of, run_dry, write_weights
 from cmc_server.editing.sources import Sources
 from cmc_server.editing.sparsify import Sparsification
 from cmc_server.editing.sparsify_inputs import SparsifyInputs
 from cmc_server.editing.sparsify_options import SparsifyOptions
 from cmc_server.editing.stream import Edit
-from cmc_server.editing.writing import check_output
+from cmc_server.editing.writing import check_output, check_record
+
+_ASTRAY = "MODEL is broken, or tuning has gone astray; lower --learning-rate or --scale if it was tuned"
 
 
 class Replacement(Method):
@@ -55,7 +57,9 @@ def run_sparsify(options: SparsifyOptions, as_json: bool = False) -> int:
     """
     sources = Sources(None, (Checkpoint(options.model),), options.only, options.exclude)
     if options.output is not None:
-        check_output(options.output, sources.checkpoints, force=options.force)
+        read = [options.model, options.calibrate, options.tuning_data, options.heldout]
+        check_output(options.output, read, force=options.force, dry_run=options.dry_run)
+    check_record(options.model)
     inputs = SparsifyInputs(options, sources)
     report = _describe(options, inputs)
     done = Sparsification(inputs).run()
@@ -64,11 +68,12 @@ def run_sparsify(options: SparsifyOptions, as_json: bool = False) -> int:
         run_dry(edit)
         report["result"] = _result(edit, done.figures)
     else:
-        with output_folder(sources.post, options.output, report) as part, progress(sources, "write") as advance:
+        folder = output_folder(sources.post, options.output, report, force=options.force)
+        with folder as part, progress(sources, "write") as advance:
             write_weights(edit, part, advance)
             write_masks(part, done.masks)
             report["result"] = _result(edit, done.figures)
-    sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n" if as_json else _text(report))
+    sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n" if as_json else _text(report))
     return 0
 
 
@@ -106,7 +111,9 @@ def _name(path: Path | None) -> str | None:
 def _result(edit: Edit, figures: dict[str, Any]) -> dict[str, Any]:
     result = result_of(edit)
     del result["delta_parameters"]  # the weights, which the figures count
-    return result | figures
+    result |= figures
+    check_finite(result, _ASTRAY, "result")
+    return result
 
 
 def _text(report: Mapping[str, Any]) -> str:

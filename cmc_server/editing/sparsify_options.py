@@ -96,7 +96,7 @@ class SparsifyOptions:
             "--iterations must be at least 1.": self.iterations is not None and self.iterations < 1,
             "--iterations prunes and tunes in turn; give --tuning.": not tunes and (self.iterations or 1) > 1,
         }
-        for sentence, wrong in (problems | self._allocation_problems()).items():
+        for sentence, wrong in (problems | self._allocation_problems() | self._idle()).items():
             if wrong:
                 raise ConfigError(sentence)
         self._check_tuning_options(tunes)
@@ -106,6 +106,15 @@ class SparsifyOptions:
         if getattr(self, name) not in choices:
             listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ConfigError(f"--{name} must be {listed}, not {getattr(self, name)}.")
+
+    def _idle(self) -> dict[str, bool]:
+        """Settings that would have no effect, told by a value other than the default."""
+        calibrated = self.calibrate is not None
+        return {
+            "--sequences is for --calibrate.": not calibrated and self.sequences != SparsifyOptions.sequences,
+            "--length is for --calibrate.": not calibrated and self.length is not None,
+            "--beta is for --allocation cka.": self.allocation != "cka" and self.beta != SparsifyOptions.beta,
+        }
 
     def _allocation_problems(self) -> dict[str, bool]:
         by_cka = self.allocation == "cka"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.methods import Method
 from cmc_server.editing.seeds import generator
 from cmc_server.editing.shards import StoredTensor, write_shard
@@ -64,13 +65,14 @@ class _Read:
 
     Args:
         piece: which.
-        posts: of each post-trained model: float32 in the piece's shape; of what is only copied, as stored.
-        deltas: of each one, float32; none of what is only copied.
+        anchor: of the checkpoint that the output is like: float32 in the piece's shape; of what is only copied, as
+            stored.
+        deltas: delta parameters of each post-trained model, float32; none of what is only copied.
         squares: sum of squares of each one's delta parameters.
     """
 
     piece: _Piece
-    posts: list[Tensor]
+    anchor: Tensor
     deltas: list[Tensor]
     squares: list[float]
 
@@ -100,12 +102,16 @@ class Edit:
         method: what is done.
         seed: of methods that draw.
         measured: what the method measures of each tensor, where that is known already, such as calibrated scales.
+
+    Raises:
+        EditingError: a tensor to edit is float64, which float32 arithmetic would round.
     """
 
     def __init__(self, sources: Sources, method: Method, seed: int, measured: Mapping[str, Any] | None = None) -> None:
         self.sources, self.method, self.seed = sources, method, seed
         self.totals = Totals()
-        self._edited_names = {name for name in sources.post.names if sources.is_edited(name, method)}
+        self._edited_names = {name for name in sources.layout.names if sources.is_edited(name, method)}
+        self._refuse_doubles()
         self._measured = dict(measured or {})
         if method.measures == "model":
             names = self.edited_names()
@@ -114,7 +120,7 @@ class Edit:
 
     def edited_names(self) -> list[str]:
         """The tensors that the method takes."""
-        return [name for name in self.sources.post.names if name in self._edited_names]
+        return [name for name in self.sources.layout.names if name in self._edited_names]
 
     def measure(self, name: str) -> Any:
         """What the method must know of a tensor before it edits it."""
@@ -127,7 +133,7 @@ class Edit:
         return self.tensors([name])
 
     def tensors(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """Tensors of the edited checkpoint: flat pieces in the stored types of the first post-trained model.
+        """Tensors of the edited checkpoint: flat pieces in the stored types of :attr:`Sources.layout`.
 
         Raises:
             EditingError: a source holds NaN or infinity, or the result does not fit the stored type.
@@ -141,8 +147,8 @@ class Edit:
             if read.deltas:
                 yield self._edited(read, self.method.measured_rows(measured, piece.rows), draws)
             else:
-                yield self._copied(piece, read.posts[0])
-            if piece.stop == self.sources.post.stored(piece.name).num_elements:
+                yield self._copied(piece, read.anchor)
+            if piece.stop == self.sources.layout.stored(piece.name).num_elements:
                 for checkpoint in self.sources.checkpoints:
                     checkpoint.forget(piece.name)
 
@@ -157,7 +163,7 @@ class Edit:
     def _deltas(self, names: Iterable[str], model: int, whole: bool = False) -> Iterator[Tensor]:
         for name in names:
             for piece in _pieces(name, self.sources.post.stored(name), whole):
-                yield self._floats(piece)[1][model]
+                yield self._delta(piece, model)
 
     def _read_all(self, names: Iterable[str]) -> Iterator[_Read]:
         """All pieces in order, the next ones while this one is worked on unless they are whole tensors."""
@@ -180,20 +186,24 @@ class Edit:
 
     def _read(self, piece: _Piece) -> _Read:
         if piece.name not in self._edited_names:
-            return _Read(piece, [self.sources.post.read(*piece.span)], [], [])
-        posts, deltas = self._floats(piece)
+            return _Read(piece, self.sources.layout.read(*piece.span), [], [])
+        anchor, deltas = self._floats(piece)
         squares = [_squares(delta) for delta in deltas]
         if not all(map(math.isfinite, squares)):
             self._refuse_unless_finite(piece)
-        return _Read(piece, posts, deltas, squares)
+        return _Read(piece, anchor, deltas, squares)
 
-    def _floats(self, piece: _Piece) -> tuple[list[Tensor], list[Tensor]]:
-        """A piece of the post-trained models' weights and of their delta parameters, float32."""
-        posts = [post.read(*piece.span).float().view(piece.shape) for post in self.sources.posts]
+    def _floats(self, piece: _Piece) -> tuple[Tensor, list[Tensor]]:
+        """A piece of the weights that the output is like, and of all models' delta parameters, float32."""
+        posts = [_floats_of(post, piece) for post in self.sources.posts]
         if self.sources.base is None:
-            return posts, posts
-        base = self.sources.base.read(*piece.span).float().view(piece.shape)
-        return posts, [post - base for post in posts]
+            return posts[0], posts
+        base = _floats_of(self.sources.base, piece)
+        return base if self.sources.as_base else posts[0], [post - base for post in posts]
+
+    def _delta(self, piece: _Piece, model: int) -> Tensor:
+        post = _floats_of(self.sources.posts[model], piece)
+        return post if self.sources.base is None else post - _floats_of(self.sources.base, piece)
 
     def _edited(self, read: _Read, measured: Any, draws: torch.Generator) -> Tensor:
         edited = self.method.apply(read.deltas, measured, draws)
@@ -201,14 +211,27 @@ class Edit:
         self.totals.squares_before += read.squares[0]
         squares = _squares(edited)
         self.totals.squares_after += squares
-        # As W_post + E: where nothing changes, not a bit does.
-        result = edited if self.sources.base is None else edited.sub(read.deltas[0]).add_(read.posts[0])
         name = read.piece.name
-        dtype = self.sources.post.stored(name).dtype
+        dtype = self.sources.layout.stored(name).dtype
+        if self.sources.base is None:
+            result = edited
+        elif self.sources.as_base:
+            result = edited + read.anchor
+        else:  # W_post + E: where nothing changes, not a bit does
+            result = edited.sub(read.deltas[0]).add_(read.anchor)
         # What has finite squares, beside weights that fit, can overflow in the narrow types alone.
         if torch.finfo(dtype).max < _WIDE or not math.isfinite(squares + read.squares[0]):
             _check_fit(result, dtype, name)
         return result.to(dtype).flatten()
+
+    def _refuse_doubles(self) -> None:
+        for checkpoint in self.sources.checkpoints:
+            doubles = [name for name in self.edited_names() if checkpoint.stored(name).dtype == torch.float64]
+            if doubles:
+                raise EditingError(
+                    f"{checkpoint.folder} stores {doubles[0]} as float64, which an edit in float32 would round; store "
+                    "it as float32, or leave it alone with --exclude."
+                )
 
     def _refuse_unless_finite(self, piece: _Piece) -> None:
         for checkpoint in self.sources.checkpoints:
@@ -216,7 +239,7 @@ class Edit:
 
     def _copied(self, piece: _Piece, values: Tensor) -> Tensor:
         if values.dtype.is_floating_point and not bool(values.float().isfinite().all()):
-            raise EditingError(f"{piece.name} of {self.sources.post.folder} holds NaN or infinity.")
+            raise EditingError(f"{piece.name} of {self.sources.layout.folder} holds NaN or infinity.")
         return values
 
 
@@ -238,14 +261,14 @@ def _streaming() -> Iterator[ThreadPoolExecutor]:
 
 
 def write_edited(edit: Edit, folder: Path, advance: Callable[[int], object]) -> None:
-    """Write the edited weights in the files and the layout of the first post-trained model.
+    """Write the edited weights in the files and the types of :attr:`Sources.layout`.
 
     Args:
         edit: what to write.
         folder: exists; the index is not written.
         advance: called with the bytes of each piece, for a progress bar.
     """
-    for shard in edit.sources.post.shards:
+    for shard in edit.sources.layout.shards:
         write_shard(folder / shard.path.name, shard.header, told(edit.tensors(shard.tensors), advance))
 
 
@@ -254,6 +277,10 @@ def told(pieces: Iterator[Tensor], advance: Callable[[int], object]) -> Iterator
     for piece in pieces:
         yield piece
         advance(piece.nbytes)
+
+
+def _floats_of(checkpoint: Checkpoint, piece: _Piece) -> Tensor:
+    return checkpoint.read(*piece.span).float().view(piece.shape)
 
 
 def _squares(values: Tensor) -> float:

@@ -58,7 +58,7 @@ def read_texts(path: Path) -> list[Text]:
     """
     try:
         # Not splitlines(), which also splits at separators that JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors put a byte-order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The data file {path} cannot be read: {error}.") from None
     texts = [_text(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]

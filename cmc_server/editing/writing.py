@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cmc_server.editing.checkpoint import INDEX, Checkpoint, read_object
+from cmc_server.editing.checkpoint import INDEX, read_object
+from cmc_server.editing.parts import settle
+from cmc_server.editing.places import TEMPLATES, check_not_read, check_replaceable
 from cmc_server.errors import EditingError
 
 #: Of a delta folder; its ``training`` field is free, and the edits are listed there.
@@ -22,66 +22,31 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h
 _WEIGHT_INDEXES = (INDEX, "pytorch_model.bin.index.json")
 
 
-def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) -> None:
-    """Refuse an output folder that must not be written.
+def check_output(output: Path, read: Iterable[Path | None], *, force: bool, dry_run: bool) -> None:
+    """Refuse an output folder that must not be written, before anything is computed.
 
     Args:
         output: the folder to write.
-        sources: checkpoints that are read meanwhile.
+        read: everything that is read meanwhile, files and folders; what was not given is None.
         force: whether a checkpoint that lies there may be replaced.
+        dry_run: leave what a killed run has left as it is, too.
 
     Raises:
-        EditingError: it exists, is a source, or would be replaced though it is no checkpoint.
+        EditingError: it is or holds something that is read, it exists, it would be replaced though it is no
+            checkpoint, or another run is writing it.
     """
-    if any(output.resolve() == source.folder.resolve() for source in sources):
-        raise EditingError(f"The output {output} is one of the checkpoints that are read; give another folder.")
-    if not output.exists():
-        return
-    if not force:
-        raise EditingError(f"The output folder {output} exists; give another one, or --force to replace it.")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise EditingError(f"{output} is not a checkpoint folder, so that --force does not replace it.")
-
-
-@contextmanager
-def part_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, which takes its place once everything is written.
-
-    After an error or an interruption it is removed. If the process was killed it stays, hidden, until the next run of
-    the same output.
-
-    Args:
-        output: as :func:`check_output` allowed it; a checkpoint that lies there is replaced at the end.
-
-    Raises:
-        EditingError: the folder cannot be written.
-    """
-    output = output.absolute()
-    part, old = (output.with_name(f".{output.name}.{kind}") for kind in ("part", "old"))
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists() and not output.exists():  # a run was killed between the two renamings below
-            old.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        for path in part.rglob("*"):
-            if path.is_file():
-                _synchronise(path)
-        if output.exists():
-            output.rename(old)
-        part.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+        check_not_read(output, (file for path in read if path is not None for file in _with_files(path)))
+        if not dry_run:
+            settle(output)
+        check_replaceable(output, force=force)
     except OSError as error:
         raise EditingError(f"The output folder {output} cannot be written: {error}.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def _synchronise(path: Path) -> None:
-    """Wait until a file is on the disk, so that not even a power failure leaves half of it under the final name."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+def _with_files(path: Path) -> list[Path]:
+    """A path and, of a folder, its files as well: they may be links to elsewhere."""
+    return [path, *(file for file in sorted(path.iterdir()) if file.is_file())] if path.is_dir() else [path]
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -90,9 +55,21 @@ def copy_companions(source: Path, target: Path) -> None:
         hidden = path.name.startswith(".")
         if path.is_file() and not hidden and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _WEIGHT_INDEXES:
             shutil.copyfile(path, target / path.name)
-    templates = source / "additional_chat_templates"
+    templates = source / TEMPLATES
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
+
+
+def check_record(folder: Path) -> None:
+    """Refuse a checkpoint whose record cannot take another edit, before it is copied.
+
+    Args:
+        folder: whose companions are to be copied.
+
+    Raises:
+        EditingError: a manifest or an earlier record is no JSON object, or its edits are no list.
+    """
+    _read_record(folder)
 
 
 def write_provenance(folder: Path, edit: dict[str, Any]) -> None:
@@ -105,16 +82,22 @@ def write_provenance(folder: Path, edit: dict[str, Any]) -> None:
         edit: JSON values.
 
     Raises:
-        EditingError: a manifest or an earlier record is no JSON object, or its edits are no list.
+        EditingError: see :func:`check_record`.
     """
-    path = folder / MANIFEST_FILE
-    is_delta = path.exists()
-    if not is_delta:
-        path = folder / PROVENANCE_FILE
-    content = read_object(path) if path.exists() else {}
-    holder = content.setdefault("training", {}) if is_delta else content
-    edits = holder.setdefault("edits", []) if isinstance(holder, dict) else None
-    if not isinstance(edits, list):
-        raise EditingError(f"{path} must list earlier edits under 'edits'; correct or remove it.")
+    path, content, edits = _read_record(folder)
     edits.append(edit)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_record(folder: Path) -> tuple[Path, dict[str, Any], list[Any]]:
+    """The file that lists the edits of a checkpoint, its content, and the list within that content."""
+    is_delta = (folder / MANIFEST_FILE).is_file()
+    path = folder / (MANIFEST_FILE if is_delta else PROVENANCE_FILE)
+    content = read_object(path) if path.is_file() else {}
+    holder = content.setdefault("training", {}) if is_delta else content
+    if not isinstance(holder, dict):
+        raise EditingError(f"{path} must hold a JSON object under 'training'; correct or remove it.")
+    edits = holder.setdefault("edits", [])
+    if not isinstance(edits, list):
+        raise EditingError(f"{path} must list earlier edits under 'edits'; correct or remove it.")
+    return path, content, edits

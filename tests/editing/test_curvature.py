@@ -20,7 +20,7 @@ from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.curvature import CurvatureFile, CurvatureOrigin, write_curvature
 from cmc_server.editing.fisher import diagonal_fisher
 from cmc_server.editing.gram import gram_matrices
-from cmc_server.editing.texts import Example
+from cmc_server.editing.texts import Example, read_texts
 from cmc_server.errors import EditingError
 
 
@@ -146,6 +146,8 @@ def test_bad_measurements(post: Path, data: Path, tmp_path: Path, capsys: pytest
     refused("The data file missing cannot be read", text=Path("missing"))
     (tmp_path / "broken.jsonl").write_text('{"text": 3}\n', "utf-8")
     refused("line 1: expected", text=tmp_path / "broken.jsonl")
+    (tmp_path / "marked.jsonl").write_text('{"text": "The fox."}\n', "utf-8-sig")
+    assert len(read_texts(tmp_path / "marked.jsonl")) == 1
     rewrite(post, lambda weights: weights | {"model.norm.weight": weights["model.norm.weight"] * torch.inf})
     refused("The gram of lm_head.weight is not finite", "--kind", "gram")
     refused("predicts numbers that are not finite")

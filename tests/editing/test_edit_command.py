@@ -128,7 +128,7 @@ def test_bad_numbers_in_the_middle_leave_nothing(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--method", "dare", "--drop", "1"], "drop: Input should be less than 1"),
+        (["--method", "dare", "--drop", "1"], "drop: Input should be less than or equal to 0.99999"),
         (["--method", "dare", "--drop", "-0.5"], "drop: Input should be greater than or equal to 0"),
         (["--method", "expo", "--drop", "0.5"], "--drop is no option of --method expo"),
         (["--method", "no"], "choose among dare, magnitude, bitdelta, twin, ties, expo"),
@@ -138,6 +138,13 @@ def test_bad_numbers_in_the_middle_leave_nothing(
         (["--method", "dare", "--mask-seeds", "1"], "--mask-seeds must be at least 2"),
         (["--method", "expo", "--analyse", "missing"], "The data file missing cannot be read"),
         (["--method", "expo", "--only", "nothing*"], "No tensor of"),
+        (["--method", "expo", "--exclude", "*"], "--method expo takes none of the tensors"),
+        (["--method", "twin", "--only", "*norm*"], "--method twin takes none of the tensors"),
+        (["--method", "bitdelta", "--calibration-steps", "5"], "--calibration-steps is for --calibrate."),
+        (["--method", "bitdelta", "--calibration-rate", "0.1"], "--calibration-rate is for --calibrate."),
+        (["--method", "dare", "--analyse-examples", "5"], "--analyse-examples is for --analyse."),
+        (["--method", "dare", "--mask-seeds", "5"], "--mask-seeds is for --analyse of a method that draws."),
+        (["--method", "expo", "--analyse", "x", "--mask-seeds", "5"], "--mask-seeds is for --analyse of a method"),
     ],
 )
 def test_mistakes(
@@ -173,8 +180,23 @@ def test_calibrated_scales_bring_the_logits_closer(post: Path, data: Path, tmp_p
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_stopped_leaves_no_checkpoint(tmp_path: Path, signal_number: signal.Signals) -> None:
+def test_numbers_that_are_not_finite_are_not_reported(
+    base: Path, post: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    words = ["edit", str(base), str(post), "--method", "expo", "--json", "-o", str(tmp_path / "edited")]
+    assert main([*words, "--alpha=-1e30"]) == 2
+    shown = capsys.readouterr()
+    assert "result.norm_after came out as inf" in shown.err and "--alpha, --factor or --k nearer" in shown.err
+    assert main([*words, "--alpha", "1e18", "--analyse", str(data)]) == 2
+    assert "analysis.total.exact.mean came out as nan" in capsys.readouterr().err
+    assert not shown.out and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_run_that_is_stopped_leaves_no_checkpoint(tmp_path: Path, signal_number: signal.Signals, code: int) -> None:
     for name in ("base", "post"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}", "utf-8")
@@ -187,6 +209,6 @@ def test_a_run_that_is_stopped_leaves_no_checkpoint(tmp_path: Path, signal_numbe
         while not (part.exists() and part.stat().st_size > 10_000) and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(process.pid, signal_number)
-        assert process.wait(60) != 0
+        assert process.wait(60) == code
     assert not (tmp_path / "edited").exists()
     assert (tmp_path / ".edited.part").exists() == (signal_number == signal.SIGKILL)

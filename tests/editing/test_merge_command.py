@@ -44,6 +44,7 @@ def test_every_method_writes_a_model_with_its_history(
         "family-two",
     ]
     assert ("curvature" in record) == (method not in ("task-arithmetic", "ties"))
+    assert all(one["file"].endswith(".safetensors") for one in record.get("curvature", []))
     AutoModelForCausalLM.from_pretrained(output)
     assert differences(output, family.folders["base"]) > 0
 
@@ -125,6 +126,41 @@ def test_other_methods_give_their_formulas(family: Family, tmp_path: Path, metho
         torch.testing.assert_close(tensor, expected(name), rtol=1e-3, atol=1e-4)
 
 
+def test_removal_keeps_the_types_and_the_layout_of_the_base(family: Family, tmp_path: Path) -> None:
+    base = shard(family.folders["base"], tmp_path / "sharded")
+    rewrite(family.folders["one"], lambda weights: {name: tensor.half() for name, tensor in weights.items()})
+    words = ["merge", str(base), str(family.folders["one"]), "--method", "task-arithmetic", "--remove"]
+    assert main([*words, "-o", str(tmp_path / "without")]) == 0
+    names = [path.name for path in sorted(base.glob("*.safetensors*"))]
+    assert [path.name for path in sorted((tmp_path / "without").glob("*.safetensors*"))] == names
+    before, one = weights_of(base), weights_of(family.folders["one"])
+    for name, tensor in weights_of(tmp_path / "without").items():
+        assert tensor.dtype == before[name].dtype == torch.float32
+        assert torch.equal(tensor, before[name] - (one[name].float() - before[name]))
+
+
+def test_the_majority_of_ties_is_that_of_the_model(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rounded, so that what is added and taken off sums to exactly 0.
+    rewrite(family.folders["base"], lambda weights: {name: weights[name].bfloat16().float() for name in weights})
+    base = weights_of(family.folders["base"])
+    change = {name: torch.where(torch.rand_like(tensor) < 0.3, 2.0, -2.0) for name, tensor in base.items()}
+    for name, sign in (("one", 1), ("two", -1)):  # every sum is 0 but those of the embeddings
+        rewrite(
+            family.folders[name],
+            lambda weights, sign=sign: {
+                key: base[key] + (1 if "embed" in key else sign) * change[key] for key in weights
+            },
+        )
+    monkeypatch.setattr(stream, "PIECE", 100)
+    words = [*family.words("ties", models=("one", "two")), "--drop", "0", "-o", str(tmp_path / "merged")]
+    assert main(words) == 0
+    for name, tensor in weights_of(tmp_path / "merged").items():
+        expected = change[name] if "embed" in name else torch.full_like(tensor, -2.0)
+        torch.testing.assert_close(tensor - base[name], expected, rtol=0, atol=1e-6)
+
+
 def test_removal_leaves_the_base_with_its_own_files(family: Family, tmp_path: Path) -> None:
     (family.folders["base"] / "README.md").write_text("of the base", "utf-8")
     DeltaManifest(name="tiny").write(family.folders["one"])
@@ -187,6 +223,10 @@ def test_a_dry_run_says_the_same_and_writes_nothing(
         ("task-arithmetic", ["--curvature", "x"], "reads no --curvature"),
         ("task-arithmetic", ["--remove", "--weights", "1", "-1"], "--remove makes all weights negative"),
         ("gradient-matching", ["--floor", "1"], "less than 1"),
+        ("gradient-matching", ["--floor", "0.2"], "--floor is for removals: --remove, or negative --weights"),
+        ("gradient-matching", ["--floor", "1e-9", "--remove"], "--floor must be at least 1e-06"),
+        ("gradient-matching", ["--damping", "1e-46"], "--damping must lie in [1e-30, 1e+30]"),
+        ("fisher", ["--damping", "1e39"], "--damping must lie in [1e-30, 1e+30]"),
         ("task-arithmetic", ["--alphas", "1"], "--alphas measures losses: give --data too"),
         ("task-arithmetic", ["--alphas", "1", "--data", "x"], "--data has 1 files for 2 models"),
         ("task-arithmetic", ["--data", "x", "y"], "The data file x cannot be read"),
@@ -231,18 +271,40 @@ def test_curvature_that_does_not_fit(family: Family, tmp_path: Path, capsys: pyt
     refused("holds gram curvature, where fisher is needed", family.file("one", "gram"))
     refused("is no curvature file", family.folders["one"] / "model.safetensors")
     refused("is not a valid safetensors file", tmp_path / "missing.safetensors")
+    refused("is a folder; give a curvature file", family.folders["one"])
 
-    def changed(name: str, tensors: Weights) -> Path:
+    def changed(name: str, tensors: Weights, **metadata: str) -> Path:
         with safe_open(family.file("one"), framework="pt") as opened:
-            save_file(tensors, tmp_path / name, opened.metadata())
+            save_file(tensors, tmp_path / name, opened.metadata() | metadata)
         return tmp_path / name
 
     own = load_file(family.file("one"))
+    for size in ("0", "-3", str(10**30)):
+        refused(f"its data set has {size} texts", changed("sized", own, dataset_size=size))
+    refused(
+        "that no curvature has", changed("many", own | {k: v + 1e30 for k, v in own.items()}, dataset_size="1" * 18)
+    )
     norm = "model.norm.weight"
     refused("no curvature that fits", changed("lacking", {k: v for k, v in own.items() if k != norm}))
     refused("no curvature that fits", changed("shaped", own | {norm: own[norm][:3].clone()}))
     refused(f"numbers for {norm} that no curvature has", changed("below", own | {norm: own[norm] - 1e9}))
     refused(f"numbers for {norm} that no curvature has", changed("nan", own | {norm: own[norm] * torch.nan}))
+
+
+def test_losses_that_are_not_finite_choose_no_alpha(
+    family: Family, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*family.words("task-arithmetic"), "--data", str(data), str(data), "--json", "-o", str(tmp_path / "merged")]
+    capsys.readouterr()
+    assert main([*words, "--alphas", "0.5", "1e18"]) == 2
+    shown = capsys.readouterr()
+    assert "metrics.robustness.points[1].losses[0] came out as nan" in shown.err and not shown.out
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_floor_counts_where_only_an_alpha_removes(family: Family, data: Path) -> None:
+    words = [*family.words("gradient-matching"), "--floor", "0.2", "--dry-run"]
+    assert main([*words, "--data", str(data), str(data), "--alphas", "-0.1"]) == 0
 
 
 def test_models_that_differ(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

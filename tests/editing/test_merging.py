@@ -186,6 +186,12 @@ def test_regmean_of_inputs_that_never_came() -> None:
     torch.testing.assert_close(regmean(matrices, [nothing] * 2, [1.0, 3.0]), 0.25 * matrices[0] + 0.75 * matrices[1])
 
 
+def test_regmean_of_one_model_and_one_input_is_that_model() -> None:
+    matrix = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    merged = regmean([matrix], [torch.ones(96, 96)], [1.0], off_diagonal=1.0)
+    torch.testing.assert_close(merged, matrix, rtol=1e-5, atol=1e-5)
+
+
 def test_regmean_without_shrinking_may_be_singular() -> None:
     matrices, _ = layers(2)
     lopsided = torch.full((6, 6), -1.0, dtype=torch.float64).fill_diagonal_(1.0)

@@ -56,9 +56,9 @@ def test_the_variance_over_masks_is_what_the_formula_says() -> None:
     assert edit_intensity(0.999) == pytest.approx(999)
 
 
-@pytest.mark.parametrize("drop", [-0.1, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize("drop", [-0.1, 1 - 1e-8, 1.0, 1.5, math.nan])
 def test_a_drop_rate_outside_its_range(drop: float) -> None:
-    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+    with pytest.raises(ValueError, match=r"\[0, 0.99999"):  # above that nothing would be kept
         dare(torch.ones(2), drop, generator(0, "w"))
 
 
@@ -172,9 +172,12 @@ def test_elect_and_merge_against_a_loop() -> None:
     np.testing.assert_allclose(ties.elect_and_merge(deltas, 0.5).numpy(), 0.5 * expected, rtol=1e-5)
 
 
-def test_a_tie_of_signs_goes_with_the_majority() -> None:
+def test_a_tie_of_signs_goes_with_the_majority_of_the_whole_model() -> None:
     deltas = [torch.tensor([1.0, -1, -1, 0]), torch.tensor([-1.0, -1, -1, 0])]
-    assert ties.elect_and_merge(deltas).tolist() == [-1, -1, -1, 0]
+    assert ties.majority_sign([deltas]) == -1
+    assert ties.majority_sign([deltas, [torch.ones(2)], [torch.ones(1)]]) == 1
+    assert ties.elect_and_merge(deltas, majority=-1.0).tolist() == [-1, -1, -1, 0]
+    assert ties.elect_and_merge(deltas, majority=1.0).tolist() == [1, -1, -1, 0]
 
 
 def test_expo_scales() -> None:
@@ -186,7 +189,9 @@ def test_expo_scales() -> None:
     [
         ("mystery", {}, "choose among dare"),
         ("dare", {"alpha": 1}, "--alpha is no option of --method dare, which has --drop, --k"),
-        ("dare", {"drop": 1.0}, "drop: .*less than 1"),
+        ("dare", {"drop": 1.0}, "drop: .*less than or equal to 0.99999"),
+        ("dare", {"drop": 1 - 1e-8}, "drop: .*less than or equal to 0.99999"),
+        ("magnitude", {"drop": 1.0}, "drop: .*less than 1"),
         ("magnitude", {"drop": -0.1}, "drop: .*greater than or equal to 0"),
         ("ties", {"drop": math.nan}, "drop"),
         ("expo", {"alpha": math.inf}, "alpha: .*finite"),

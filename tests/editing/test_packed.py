@@ -153,6 +153,23 @@ def test_corrupt_files(post: Path, tmp_path: Path, spoil: str) -> None:
         load_packed(path.parent, post)
 
 
+def test_types_that_could_not_be_unpacked(post: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(post, lambda weights: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()})
+    words = ["edit", "zero", str(post), "--method", "bitdelta", "--packed", "-o", str(tmp_path / "packed")]
+    assert main(words) == 2
+    assert "is float8_e4m3fn, which cannot be packed; leave out --packed" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_packed_weights_are_not_edited_as_they_are(
+    post: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["edit", "zero", str(post), "--method", "bitdelta", "--packed", "-o", str(tmp_path / "packed")]
+    assert main(words) == 0
+    assert main(["edit", "zero", str(tmp_path / "packed"), "--method", "expo", "--dry-run"]) == 2
+    assert "holds packed weights, which cannot be edited as they are" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", [["--levels", "2"], ["--magnitudes", "uniform"]])
 def test_what_does_not_fit_into_one_bit(post: Path, tmp_path: Path, more: list[str]) -> None:
     words = ["edit", "zero", str(post), "--method", "bitdelta", "--packed", "-o", str(tmp_path / "packed")]

@@ -215,6 +215,7 @@ def test_nothing_is_pruned_at_0(words: list[str], post: Path, tmp_path: Path) ->
         (["--sparsity", "0.5", "--sequences", "0"], "--sequences must be at least 1."),
         (["--sparsity", "0.5", "--length", "0"], "--length must be at least 1."),
         (["--sparsity", "0.5", "--spread", "0.1"], "--spread is for --allocation cka."),
+        (["--sparsity", "0.5", "--beta", "2"], "--beta is for --allocation cka."),
         (["--sparsity", "0.5", "--allocation", "cka", "--spread", "2"], "--spread must lie in [0, 1]."),
         (["--sparsity", "0.5", "--allocation", "cka", "--beta", "inf"], "--beta must be a finite number."),
         (["--sparsity", "0.5", "--allocation", "cka", "--sequences", "1"], "at least 2 --sequences"),
@@ -237,6 +238,10 @@ def test_mistakes(
 def test_data_and_outputs_are_needed(post: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sparsify", str(post), "--sparsity", "0.5", "--dry-run"]) == 2
     assert "--method wanda needs --calibrate" in capsys.readouterr().err
+    for name in ("--length", "--sequences"):
+        idle = ["sparsify", str(post), "--sparsity", "0.5", "--method", "magnitude", "--dry-run", name, "8"]
+        assert main(idle) == 2
+        assert f"{name} is for --calibrate." in capsys.readouterr().err
     assert main(["sparsify", str(post), "--sparsity", "0.5", "--method", "magnitude"]) == 2
     assert "Give the folder to write with -o, or --dry-run" in capsys.readouterr().err
     assert main(["sparsify", str(post), "--sparsity", "0.5", "--method", "magnitude", "--dry-run"]) == 0
