@@ -229,8 +229,8 @@ class Edit:
             doubles = [name for name in self.edited_names() if checkpoint.stored(name).dtype == torch.float64]
             if doubles:
                 raise EditingError(
-                    f"{checkpoint.folder} stores {doubles[0]} as float64, which an edit in float32 would round; store "
-                    "it as float32, or leave it alone with --exclude."
+                    f"{checkpoint.folder} stores {doubles[0]} as float64, which arithmetic in float32 would round; "
+                    "store it as float32 (edit can also leave it alone with --exclude)."
                 )
 
     def _refuse_unless_finite(self, piece: _Piece) -> None:

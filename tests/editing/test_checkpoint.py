@@ -172,7 +172,7 @@ def test_a_head_that_is_stored_though_it_is_tied(post: Path) -> None:
 
 def test_doubles_are_not_rounded(base: Path, post: Path) -> None:
     rewrite(post, lambda weights: {name: tensor.double() for name, tensor in weights.items()})
-    with pytest.raises(EditingError, match=r"post stores .* as float64, which an edit in float32 would round"):
+    with pytest.raises(EditingError, match=r"post stores .* as float64, which arithmetic in float32 would round"):
         Edit(Sources(Checkpoint(base), (Checkpoint(post),)), build_method("expo", {}), 0)
 
 
