@@ -179,6 +179,16 @@ def build(model: type[_Model], values: Any) -> _Model:
         raise ConfigError(first_problem(error)) from None
 
 
+def check_unmapped(policy: Unmapped | None) -> None:
+    """Refuse a policy that there is none of, which would count as another one.
+
+    Raises:
+        ConfigError: it is neither None nor a policy.
+    """
+    if policy not in (None, *get_args(Unmapped)):
+        raise ConfigError(f"unmapped must be {' or '.join(map(repr, get_args(Unmapped)))}, not {policy!r}.")
+
+
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic report as one sentence with its field."""
     problem = error.errors()[0]

@@ -7,6 +7,7 @@ from it, and special tokens inside the text are text. Non-special added tokens s
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cmc_server.vocab.surface import Vocabulary
 
-# No text holds this character (it is a noncharacter), so a special token renamed with it is never found in a text.
-_UNSPEAKABLE = "\U0010ffff"
+# No text holds this (a noncharacter and what nobody can guess), so a special token renamed with it is found in none.
+_UNSPEAKABLE = "\U0010ffff" + secrets.token_hex(16)
 _EDGE_NORMALIZERS = {"Prepend", "Strip"}
 
 
@@ -45,15 +46,19 @@ def read_continuation(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
     """
     spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {str(vocabulary.contents[token_id]) for token_id in vocabulary.special_ids}
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in special]
+    # Renamed and not left out: those behind them would get other ids.
+    for token in spec["added_tokens"]:
+        token["content"] = _hidden(token["content"], special)
     spec["normalizer"] = _without_edges(spec.get("normalizer"), "normalizers")
     spec["pre_tokenizer"] = _without_edges(spec.get("pre_tokenizer"), "pretokenizers")
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     model = spec["model"]
     _hide_special(model, special)
     edges = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    built = Tokenizer.from_str(json.dumps(spec))
+    assert all(built.token_to_id(token["content"]) == token["id"] for token in spec["added_tokens"])
     return Continuation(
-        Tokenizer.from_str(json.dumps(spec)),
+        built,
         splits_inside=model["type"] in ("BPE", "Unigram") and not edges,
         has_words=spec["pre_tokenizer"] is not None,
     )

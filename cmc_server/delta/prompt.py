@@ -102,7 +102,7 @@ class PromptEncoder:
                 continue_final_message=continue_final_message,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise DeltaError(f"The delta's prompt template cannot render these messages: {error}.") from None
 
     def encode(self, text: str) -> list[int]:

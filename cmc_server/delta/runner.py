@@ -255,11 +255,15 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return cuda_recorder() if device.type == "cuda" else None
 
 
+#: Stored by old checkpoints though models compute it.
+_COMPUTED = "rotary_emb.inv_freq"
+
+
 def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The delta as a transformers model in eval mode, from safetensors, without remote code.
 
     Raises:
-        DeltaError: transformers cannot load it, or a weight is missing or of the wrong shape.
+        DeltaError: transformers cannot load it, or a weight is missing, of the wrong shape or one too many.
     """
     if is_packed(artifact.path):
         return _load_packed_model(artifact, dtype, attention)
@@ -278,6 +282,12 @@ def load_model(artifact: DeltaArtifact, dtype: torch.dtype, attention: str) -> P
     faults = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report.get("mismatched_keys", ()))
     if faults:
         raise DeltaError(f"The delta {artifact.name!r} lacks the weight {faults[0]} or has it in a wrong shape.")
+    unknown = sorted(name for name in report["unexpected_keys"] if not name.endswith(_COMPUTED))
+    if unknown:
+        raise DeltaError(
+            f"The delta {artifact.name!r} has the weight {unknown[0]}, which the model of its config.json has not; "
+            "correct config.json."
+        )
     return _checked(artifact, model)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cmc_server.config import DeltaSource
 from cmc_server.delta.manifest import MANIFEST_FILE, DeltaManifest
 from cmc_server.delta.weight_files import check_size, read_json, read_weight_files
-from cmc_server.errors import DeltaError, DeltaNotFoundError, MapError
+from cmc_server.errors import DeltaError, DeltaNotFoundError, MapError, one_line
 from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
@@ -76,13 +76,19 @@ def open_delta(source: DeltaSource, roots: Sequence[Path] = ()) -> DeltaArtifact
 
     Args:
         source: name, path (folder or hub id) and optional strength.
-        roots: where given, the folder must lie inside one of these.
+        roots: where given, the folder must lie inside one of these, and is never fetched.
 
     Raises:
         DeltaNotFoundError: no such folder, and no such hub repository within reach.
-        DeltaError: a file is missing, corrupt, unsafe or does not fit.
+        DeltaError: a file is missing, unreadable, corrupt, unsafe or does not fit.
     """
-    folder = _locate(source.path, roots)
+    try:
+        return _open(source, _locate(source.path, roots))
+    except OSError as error:
+        raise DeltaError(f"The delta {source.path} cannot be read: {one_line(error)}.") from None
+
+
+def _open(source: DeltaSource, folder: Path) -> DeltaArtifact:
     config = _read_config(folder)
     weights = read_weight_files(folder)
     manifest = DeltaManifest.read(folder)
@@ -91,6 +97,11 @@ def open_delta(source: DeltaSource, roots: Sequence[Path] = ()) -> DeltaArtifact
         raise DeltaError(f"{folder / 'config.json'} gives no vocab_size; a causal language model is needed.")
     check_size(folder, config, weights)
     max_positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(max_positions, int) and (manifest.context_length or 0) > max_positions:
+        raise DeltaError(
+            f"{folder / MANIFEST_FILE} gives a context_length of {manifest.context_length}, but the model reads at "
+            f"most {max_positions} tokens; lower it."
+        )
     return DeltaArtifact(
         name=source.name,
         path=folder,
@@ -158,9 +169,14 @@ def _named(folder: Path, *names: str) -> list[Path]:
 
 
 def _locate(path: str, roots: Sequence[Path]) -> Path:
-    folder = Path(path).expanduser()
-    is_local = folder.exists()
+    try:
+        folder = Path(path).expanduser()
+        is_local = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a folder that is not ours
+        raise DeltaNotFoundError(f"The delta folder {path} cannot be reached: {one_line(error)}.") from None
     if not is_local:
+        if roots:  # what comes from the hub lies in none of them
+            raise DeltaNotFoundError(f"The delta folder {path} does not exist; it must lie in an allowed folder.")
         if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
             raise DeltaNotFoundError(f"The delta folder {path} does not exist.")
         folder = _from_hub(path)
@@ -168,7 +184,7 @@ def _locate(path: str, roots: Sequence[Path]) -> Path:
         raise DeltaError(f"The delta folder {path} lies outside the allowed folders.")
     if not folder.is_dir():
         raise DeltaError(f"The delta path {path} is not a folder; give the folder that holds config.json.")
-    if is_local and roots:
+    if roots:
         _check_links(folder, roots)
     return folder.resolve()
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from cmc_server.config import DeltaSource, EngineSettings, Unmapped
+from cmc_server.config import DeltaSource, EngineSettings, Unmapped, build, check_unmapped
 from cmc_server.delta.capacity import VALUE_BYTES, memory_needed
 from cmc_server.errors import ConfigError, one_line
 from cmc_server.fusion.controller import DeltaController
@@ -131,13 +131,14 @@ class FusedLM:
             deltas: name to folder or hub id of each delta; may be empty.
 
         Raises:
+            ConfigError: a name is not allowed.
             DeltaError: a delta cannot be used.
             MapError: a map cannot be built.
         """
         dtype, device = getattr(torch, self._dtype), self.model.model.device
         loaded = {
-            name: load_scoring_delta(DeltaSource(name=name, path=str(folder)), self.vocabulary, dtype, device)
-            for name, folder in deltas.items()
+            name: load_scoring_delta(source, self.vocabulary, dtype, device)
+            for name, source in _sources(deltas).items()
         }
         return FusedLM(self.model, self.tokenizer, self.vocabulary, loaded, self._dtype)
 
@@ -203,7 +204,7 @@ class FusedLM:
         self, pairs: Sequence[Pair], deltas: Mapping[str, float], *, unmapped: Unmapped = "zero"
     ) -> list[TokenScores]:
         """As :meth:`score_batch`, and whether each token is what greedy decoding would have chosen there."""
-        strengths = self._active(deltas)
+        strengths = self._active(deltas, unmapped)
         jobs = [self._job(pair) for pair in pairs]
         found: dict[int, TokenScores] = {}
         for group in _groups([job.length for job in jobs]):
@@ -238,7 +239,7 @@ class FusedLM:
             ConfigError: as in :meth:`score_batch`.
             DeltaRuntimeError: a delta failed on the way.
         """
-        strengths = self._active(deltas)
+        strengths = self._active(deltas, unmapped)
         ends = frozenset(self.vocabulary.eos_ids if stop_ids is None else stop_ids)
         requests = [self._greedy_request(prompt, strengths) for prompt in prompts]
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))
@@ -258,8 +259,9 @@ class FusedLM:
                 texts[index] = _cut(self._decode(answer[:-1] if ended else answer), stop)
         return [texts[index] for index in range(len(prompts))]
 
-    def _active(self, deltas: Mapping[str, float]) -> dict[str, float]:
+    def _active(self, deltas: Mapping[str, float], unmapped: Unmapped) -> dict[str, float]:
         """The deltas that do something, with their strengths."""
+        check_unmapped(unmapped)
         for name, strength in deltas.items():
             if name not in self.loaded:
                 raise ConfigError(f"There is no delta {name!r}; choose from {sorted(self.loaded)}.")
@@ -284,7 +286,7 @@ class FusedLM:
         """
         job = self._job(pair)
         none = torch.zeros(0, self.model.num_logits, device=self.model.model.device)
-        return torch.cat([none, *self._fused_logits([job], self._active(deltas), unmapped)])
+        return torch.cat([none, *self._fused_logits([job], self._active(deltas, unmapped), unmapped)])
 
     @torch.inference_mode()
     def _score(self, jobs: Sequence[_Job], strengths: Mapping[str, float], unmapped: Unmapped) -> list[TokenScores]:
@@ -387,6 +389,10 @@ def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
         total += lengths[index]
     if group:
         yield group
+
+
+def _sources(deltas: Mapping[str, str | Path]) -> dict[str, DeltaSource]:
+    return {name: build(DeltaSource, {"name": name, "path": str(folder)}) for name, folder in deltas.items()}
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

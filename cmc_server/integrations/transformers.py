@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from cmc_server.config import DeltaSource, EngineSettings, Unmapped
+from cmc_server.config import DeltaSource, EngineSettings, Unmapped, build, check_unmapped
 from cmc_server.errors import ConfigError
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.loaded import load_delta
@@ -33,7 +34,7 @@ class DeltaLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         device: where the deltas run.
 
     Raises:
-        ConfigError: a strength names no delta.
+        ConfigError: a strength names no delta or is no finite number, or a name is not allowed.
         DeltaError: a delta cannot be used.
     """
 
@@ -52,11 +53,14 @@ class DeltaLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         unknown = sorted(set(strengths or {}) - set(deltas))
         if unknown:
             raise ConfigError(f"strengths names {unknown[0]!r}, which is not among the deltas {sorted(deltas)}.")
+        check_unmapped(unmapped)
         settings = settings or EngineSettings()
         vocabulary = load_vocabulary(user)
         self._controller = DeltaController()
         for name, path in deltas.items():
-            source = DeltaSource(name=name, path=path, strength=(strengths or {}).get(name))
+            source = build(DeltaSource, {"name": name, "path": path, "strength": (strengths or {}).get(name)})
+            if source.strength is not None and not math.isfinite(source.strength):
+                raise ConfigError(f"The strength of delta {name!r} is {source.strength}; it must be a finite number.")
             max_seqs = settings.max_delta_seqs or 64
             loaded = load_delta(source, vocabulary, settings, max_seqs=max_seqs, device=torch.device(device))
             self._controller.load(loaded)
@@ -83,16 +87,28 @@ class DeltaLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
         Returns:
             [B, U] float32.
+
+        Raises:
+            ConfigError: this is another ``generate`` call than the last one and :meth:`reset` was not called between
+                the two, or the chats do not fit the rows.
         """
         if not self._active:
             return scores.float()
         rows: list[list[int]] = input_ids.tolist()
         if not self._rows:
-            self._prompt_length = len(rows[0])
-            self._rows = [[] for _ in rows]
+            self._begin(rows)
+        elif len(rows) != len(self._rows) or len(rows[0]) <= len(self._rows[0]):
+            raise ConfigError("Another generate call has begun; call reset() of the DeltaLogitsProcessor before it.")
         for slot, row in enumerate(rows):
             self._follow(slot, row, len(rows))
         return self._controller.shift([(slot, slot) for slot in range(len(rows))], scores.float().clone())
+
+    def _begin(self, rows: list[list[int]]) -> None:
+        chats = self._messages
+        if chats is not None and (not chats or len(rows) % len(chats)):
+            raise ConfigError(f"messages holds {len(chats)} chats for {len(rows)} rows; give one for each prompt.")
+        self._prompt_length = len(rows[0])
+        self._rows = [[] for _ in rows]
 
     def _follow(self, slot: int, row: list[int], num_rows: int) -> None:
         known = self._rows[slot]

@@ -53,7 +53,10 @@ def run_map(
         _log.info("Wrote %s", output)
     sample_ids = None
     if text is not None:
-        sample_ids = user_tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        tokenizer = user_tokenizer.backend_tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        sample_ids = tokenizer.encode(text, add_special_tokens=False).ids
     report = {
         "user": user,
         "delta": delta,

@@ -158,7 +158,8 @@ def cached_map(
 ) -> VocabularyMap:
     """:func:`build_map` through a cache that several processes may share.
 
-    A corrupt file is rebuilt, and a folder that cannot be written is done without; both are logged as warnings.
+    A corrupt or unreadable file is rebuilt, and a folder that cannot be written is done without; both are logged as
+    warnings.
 
     Args:
         user: the vocabulary of the user LLM.
@@ -173,7 +174,7 @@ def cached_map(
         return build_map(user, delta, overrides)
     folder = default_cache_dir() if cache_dir is None else cache_dir
     path = folder / f"{_cache_key(user, delta, overrides)}.safetensors"
-    if path.exists():
+    if os.path.lexists(path):
         try:
             cached = VocabularyMap.load(path)
             _check_belongs(cached, user, delta)

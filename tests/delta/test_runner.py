@@ -273,6 +273,23 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
         DeltaRunner(open_delta(DeltaSource(name="d", path=str(tmp_path))), max_seqs=1, device=CPU)
 
 
+@pytest.mark.parametrize(("name", "is_refused"), [("self_attn.q_proj.bias", True), ("rotary_emb.inv_freq", False)])
+def test_a_weight_too_many_is_named(tmp_path: Path, name: str, is_refused: bool) -> None:
+    from safetensors.torch import load_file, save_file
+
+    random_model(tmp_path, CONFIGS["qwen3, query-key norms"])
+    weights = load_file(tmp_path / "model.safetensors") | {f"model.layers.0.{name}": torch.ones(8)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = open_delta(DeltaSource(name="d", path=str(tmp_path)))
+    if is_refused:
+        with pytest.raises(
+            DeltaError, match=r"has the weight .*q_proj.bias, which the model of its config.json has not"
+        ):
+            DeltaRunner(source, max_seqs=1, device=CPU)
+    else:
+        DeltaRunner(source, max_seqs=1, device=CPU)
+
+
 def test_what_a_block_held_before_does_not_matter(artifact: DeltaArtifact) -> None:
     runner = DeltaRunner(artifact, max_seqs=3, device=CPU)
     runner._pool.cached.fill_(float("nan"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES
 from transformers import PreTrainedTokenizerBase
 
+from cmc_server.delta.continuation import read_continuation
 from cmc_server.delta.spelling import DeltaInput, Speller
 from cmc_server.vocab.pm_mined import MatchKind
 from cmc_server.vocab.surface import load_tokenizer, load_vocabulary, read_vocabulary
@@ -49,6 +50,21 @@ def real(request: pytest.FixtureRequest, demo_models: Any) -> tuple[Speller, Pre
     vocabularies = load_vocabulary(user), load_vocabulary(delta)
     made = Speller(*vocabularies, build_map(*vocabularies), load_tokenizer(delta))
     return made, load_tokenizer(user)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_added_tokens_keep_their_ids_and_special_ones_are_text(
+    tokenizers_by_family: dict[str, PreTrainedTokenizerBase], family: str
+) -> None:
+    tokenizer = tokenizers_by_family[family]
+    vocabulary = read_vocabulary(tokenizer)
+    spelled = read_continuation(tokenizer, vocabulary).tokenizer
+    unsaid = set(vocabulary.special_ids) - {vocabulary.unk_id}
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        ids = spelled.encode(token.content, add_special_tokens=False).ids
+        assert token_id in vocabulary.special_ids or ids == [token_id]
+        for text in (token.content, "\U0010ffff" + token.content):
+            assert not unsaid & set(spelled.encode(text, add_special_tokens=False).ids)
 
 
 def assert_incremental_is_whole(speller: Speller, user_ids: list[int], sizes: list[int] | None = None) -> None:

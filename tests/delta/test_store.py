@@ -91,7 +91,30 @@ def test_paths(folder: Path, tmp_path: Path) -> None:
         opened(folder / "config.json")
     with pytest.raises(DeltaError, match="outside the allowed folders"):
         opened(folder, roots=[tmp_path / "allowed"])
+    with pytest.raises(DeltaNotFoundError, match="must lie in an allowed folder"):
+        opened("nobody/nothing", roots=[tmp_path])
     assert opened(folder, roots=[tmp_path]).path == folder.resolve()
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "/tmp/" + "x" * 300, "a\0b"])
+def test_paths_that_no_system_reads(path: str) -> None:
+    with pytest.raises(DeltaNotFoundError, match=r"cannot be reached|does not exist"):
+        opened(path)
+
+
+def test_a_folder_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("cmc_server.delta.store.content_version", denied)
+    with pytest.raises(DeltaError, match=r"cannot be read: .*Permission denied"):
+        opened(folder)
+
+
+def test_a_window_that_the_model_does_not_have(folder: Path) -> None:
+    edit_config(folder, max_position_embeddings=40)
+    with pytest.raises(DeltaError, match="context_length of 48, but the model reads at most 40 tokens"):
+        opened(folder)
 
 
 def test_a_link_does_not_lead_out_of_the_allowed_folders(folder: Path, tmp_path: Path) -> None:

@@ -187,6 +187,13 @@ def test_the_beginning_of_an_answer(steered: Steered, tmp_path: Path) -> None:
     torch.testing.assert_close(fused.score(chat, " rain.", {"other": 1.0}), expected, **TOLERANCE)
 
 
+def test_controls_that_are_none(steered: Steered, fused: FusedLM) -> None:
+    with pytest.raises(ConfigError, match="unmapped must be 'zero' or 'preserve', not 'Preserve'"):
+        fused.score("The", " fox", {}, unmapped="Preserve")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="name"):
+        fused.with_deltas({"not a name": steered.deltas["same"]})
+
+
 def test_a_chat_without_a_template(fused: FusedLM) -> None:
     with pytest.raises(ConfigError, match="no chat template"):
         fused.score(CHAT, "x", {})

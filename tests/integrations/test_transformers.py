@@ -81,6 +81,27 @@ def test_chats_are_rendered_as_the_server_renders_them(
     assert oracle.worst_gap([9, 40, 41], answer, {"other": 2.0}, delta_prompts={"other": prompt_ids}) < 1e-3
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_chats_that_do_not_fit_the_prompts(steered: Steered, model: LlamaForCausalLM, number: int) -> None:
+    chats = [[{"role": "user", "content": "The fox"}]] * number
+    with pytest.raises(ConfigError, match=f"holds {number} chats for 2 rows"):
+        generate(model, [[9, 40], [9, 41]], processor(steered, {"other": 2.0}, messages=chats))
+
+
+def test_another_call_without_a_reset(steered: Steered, model: LlamaForCausalLM) -> None:
+    made = processor(steered, {"other": 2.0})
+    generate(model, [[9, 40, 41]], made)
+    for prompts in ([[9, 40, 42]], [[9, 40], [9, 41]]):
+        with pytest.raises(ConfigError, match=r"call reset\(\)"):
+            generate(model, prompts, made)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"unmapped": "Preserve"}, "unmapped must be"), ({}, "finite")])
+def test_controls_that_are_none(steered: Steered, options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        processor(steered, {"other": float("nan")}, **options)
+
+
 def test_a_strength_for_a_delta_that_is_not_there(steered: Steered) -> None:
     with pytest.raises(ConfigError, match="nope"):
         DeltaLogitsProcessor(str(steered.user), {}, {"nope": 1.0})

@@ -143,6 +143,15 @@ def test_the_cache_tells_overrides_roles_and_versions_apart(
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_cache_that_cannot_be_reached_is_done_without(
+    pair: tuple[Vocabulary, Vocabulary], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = cached_map(*pair, cache_dir=tmp_path / ("x" * 300))
+    assert (found.delta_ids == build_map(*pair).delta_ids).all()
+    assert "Continuing without caching" in caplog.text
+
+
 def damage_quietly(path: Path, damage: str) -> None:
     """Change one thing, so that what is left is still a map of these vocabularies."""
     with safe_open(path, framework="numpy") as tensors:
