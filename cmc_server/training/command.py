@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cmc_server.errors import ConfigError
 from cmc_server.training.recipes import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from cmc_server.training.batches import Collator, TrainingSet
+    from cmc_server.training.objectives import Objective
+    from cmc_server.training.student import Student
 
 _NEEDED = ("accelerate", "matplotlib")
 
@@ -34,7 +41,8 @@ def run_train(
         The exit code, 0.
 
     Raises:
-        ConfigError: recipe, data or template cannot be used, or the training extra is not installed.
+        ConfigError: recipe, data, template or output cannot be used, the training diverged, or the training extra is
+            not installed.
     """
     settings = read_recipe(recipe)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -71,7 +79,8 @@ def train_delta(
         Whether this process wrote the folder: of several, only the main one does.
 
     Raises:
-        ConfigError: data or template cannot be used, or the working folder holds another run.
+        ConfigError: data, template or output cannot be used, the working folder holds another run, or the training
+            diverged; the output folder is then as it was.
     """
     import torch
     from accelerate import PartialState
@@ -85,11 +94,13 @@ def train_delta(
     from cmc_server.training.data import local_or_hub, read_records
     from cmc_server.training.examples import ExampleEncoder, training_set
     from cmc_server.training.hidden_cache import HiddenCache
+    from cmc_server.training.output_folder import check_output, paths_read
     from cmc_server.training.record import build_manifest, prompt_manifest, run_hash
-    from cmc_server.training.student import Student, load_delta, new_delta, save_delta, vocabulary_size
+    from cmc_server.training.student import Student, check_finite, load_delta, new_delta, save_delta, vocabulary_size
     from cmc_server.training.template import FrozenTemplate
-    from cmc_server.training.trainer import DeltaTrainer, measure_losses
+    from cmc_server.training.trainer import DeltaTrainer
 
+    check_output(folder, paths_read(recipe, base, template_paths))
     data, objective = recipe.data, recipe.objective
     pairs = objective.name == "dpo"
     records = {
@@ -134,13 +145,11 @@ def train_delta(
 
     # What is measured is what is stored: the weights as rounded by the output type.
     dtype: torch.dtype = getattr(torch, recipe.output.dtype)
+    check_finite(delta, dtype)
     delta.to(dtype).float()
-    metrics = {}
-    for role, items in sets.items():
-        measured = measure_losses(student, collator, objective, items)
-        for term, (steered, alone) in measured.items():
-            if term == "loss" or len(measured) > 2:  # a single term is the loss
-                metrics[f"{role}_{term}"], metrics[f"{role}_{term}_without_delta"] = steered, alone
+    # A run that was resumed after its last step has begun no epoch.
+    sets["train"].set_epoch(recipe.optimisation.epochs - 1)
+    metrics = _measure(student, collator, objective, sets)
     curvature = measure_curvature(recipe, trainer.optimizer, student, collator, sets["train"])
     manifest = build_manifest(recipe, records, sets, llms, trainer.state.global_step, metrics)
     save_delta(delta.cpu(), tokenizer, manifest, folder, dtype)
@@ -148,3 +157,25 @@ def train_delta(
     draw_losses(trainer.state.log_history, folder / LOSS_CURVE)
     shutil.rmtree(work)
     return True
+
+
+def _measure(
+    student: Student, collator: Collator, objective: Objective, sets: Mapping[str, TrainingSet]
+) -> dict[str, float]:
+    """The figures of the finished delta, for its manifest.
+
+    Raises:
+        ConfigError: a loss with the delta is not finite.
+    """
+    from cmc_server.training.student import DIVERGED
+    from cmc_server.training.trainer import measure_losses
+
+    metrics = {}
+    for role, items in sets.items():
+        measured = measure_losses(student, collator, objective, items)
+        if not math.isfinite(measured["loss"][0]):
+            raise ConfigError(DIVERGED.format(f"ended with a delta whose {role} loss is {measured['loss'][0]}"))
+        for term, (steered, alone) in measured.items():
+            if term == "loss" or len(measured) > 2:  # a single term is the loss
+                metrics[f"{role}_{term}"], metrics[f"{role}_{term}_without_delta"] = steered, alone
+    return metrics

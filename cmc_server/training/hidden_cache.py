@@ -8,17 +8,19 @@ import json
 import os
 import struct
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from cmc_server.errors import ConfigError
+from cmc_server.errors import ConfigError, one_line
 from cmc_server.training.template import FrozenTemplate
 from cmc_server.vocab.vocab_map import default_cache_dir
 
@@ -80,11 +82,13 @@ class HiddenCache:
         path = self._folder / f"{states_key(template, sequences, starts)}.safetensors"
         self._mine.add(path)
         with _locked(path) as part:
-            if not path.exists():
+            if not _is_sound(path, template, sum(lengths)):
                 self._make_room(size)
                 _write(part, path, template, sequences, starts)
-        path.touch()  # the time of the last use
-        return list(load_file(path)["hidden"].split(lengths))
+            hidden = load_file(path)["hidden"]
+        with suppress(OSError):  # another user's file
+            path.touch()  # the time of the last use
+        return list(hidden.split(lengths))
 
     def _make_room(self, size: int) -> None:
         others = [path for path in self._folder.glob("*.safetensors") if path not in self._mine]
@@ -131,6 +135,29 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
         yield file
         # Once the finished file is there, nobody writes to this one again.
         part.unlink(missing_ok=True)
+
+
+def _is_sound(path: Path, template: FrozenTemplate, count: int) -> bool:
+    """Whether the file is there and whole; what is not goes, with a warning.
+
+    Args:
+        path: of a finished file.
+        template: whose states it should hold.
+        count: how many.
+    """
+    if not path.exists():
+        return False
+    try:
+        hidden = load_file(path)["hidden"]
+        if hidden.dtype == template.dtype and hidden.shape == (count, template.hidden_size):
+            return True
+        reason = f"unexpected {hidden.dtype} {tuple(hidden.shape)}"
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = one_line(error)
+    warnings.warn(f"The cached hidden states {path} are broken ({reason}) and computed again.", stacklevel=3)
+    with suppress(OSError):  # the new file takes its place in any case
+        path.unlink()
+    return False
 
 
 def _write(

@@ -195,6 +195,20 @@ class Output(FrozenModel):
     bos: bool | None = None
     curvature: Literal["none", "optimiser", "sampled"] = "none"
 
+    @field_validator("folder")
+    @classmethod
+    def _named(cls, folder: str) -> str:
+        if not folder.strip():
+            raise ValueError("must name a folder")
+        return folder
+
+    @validator(mode="after")
+    def _ordered(self) -> Output:
+        # As the manifest checks it, but before the training.
+        if self.advised_range is not None and self.advised_range[0] > self.advised_range[1]:
+            raise ConflictError(("advised_range",), "must be [lowest, highest]")
+        return self
+
 
 class Recipe(FrozenModel):
     """One training run.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cmc_server.delta.manifest import DeltaManifest
@@ -16,6 +18,10 @@ from cmc_server.vocab.surface import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+#: One sentence of a run that failed; what the run would have replaced is still there.
+DIVERGED = "The training {}; nothing was written: lower optimisation.learning_rate and train again with --restart."
 
 
 def new_delta(size: DeltaSize, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> PreTrainedModel:
@@ -54,7 +60,7 @@ def load_delta(path: str, tokenizer: PreTrainedTokenizerBase, max_positions: int
     try:
         own = load_tokenizer(path)
         delta = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, MapError) as error:
+    except (OSError, ValueError, MapError, SafetensorError) as error:
         reason = one_line(error)[:300]
         raise ConfigError(f"delta.start_from {path} cannot be loaded: {reason}") from None
     size, rows = vocabulary_size(tokenizer), delta.get_input_embeddings().weight.shape[0]
@@ -117,9 +123,35 @@ def save_delta(
 ) -> None:
     """Write the delta folder: weights cast to ``dtype``, configuration, tokenizer and manifest."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = _stamps(folder)
     delta.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # save_pretrained leaves the weights readable by their owner only; a server may run as another user.
-    for path in folder.iterdir():
-        path.chmod(0o644)
     manifest.write(folder)
+    # save_pretrained leaves the weights readable by their owner only; a server may run as another user. What else lies
+    # in the folder is none of ours.
+    for path, stamp in _stamps(folder).items():
+        if before.get(path) != stamp:
+            path.chmod(0o644)
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What changes when a file is written, of every regular file of a folder."""
+    found = ((path, path.lstat()) for path in folder.iterdir())
+    return {path: (one.st_ino, one.st_mtime_ns) for path, one in found if stat.S_ISREG(one.st_mode)}
+
+
+def check_finite(delta: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse weights that must not be stored.
+
+    Args:
+        delta: as it was trained.
+        dtype: type of the stored weights.
+
+    Raises:
+        ConfigError: a weight is not finite, or is not once it is stored.
+    """
+    if not all(bool(weights.isfinite().all()) for weights in delta.parameters()):
+        raise ConfigError(DIVERGED.format("ended with weights that are not finite"))
+    if not all(bool(weights.to(dtype).isfinite().all()) for weights in delta.parameters()):
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(DIVERGED.format(f"ended with weights too large for output.dtype: {name}"))

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cmc_server.errors import ConfigError, MapError, one_line
@@ -93,7 +94,7 @@ class FrozenTemplate:
         try:
             tokenizer = load_tokenizer(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
-        except (OSError, ValueError, MapError) as error:
+        except (OSError, ValueError, MapError, SafetensorError) as error:
             reason = one_line(error)[:300]
             raise ConfigError(
                 f"The template LLM {path} cannot be loaded; give a folder with --template. ({reason})"
@@ -117,8 +118,19 @@ class FrozenTemplate:
         return ids[:first], ids[first:]
 
     def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ids of a chat up to the answer, in the template LLM's own format."""
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        """Ids of a chat up to the answer, in the template LLM's own format.
+
+        Raises:
+            ConfigError: the chat template refuses the chat, or is broken.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template refuses a chat by jinja2's errors, and its expressions fail by any
+            beginning = str(messages[0]["content"])[:80]
+            raise ConfigError(
+                f"The chat template of the template LLM {self.name} fails on the record that begins with "
+                f"{beginning!r} ({one_line(error)[:300]}); change or remove that record, or choose another template."
+            ) from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

@@ -18,7 +18,7 @@ from cmc_server.errors import ConfigError, one_line
 from cmc_server.training.batches import Collator, TrainingSet
 from cmc_server.training.objectives import Objective
 from cmc_server.training.recipes import Recipe
-from cmc_server.training.student import Student
+from cmc_server.training.student import DIVERGED, Student
 from cmc_server.training.terms import Answers
 
 if TYPE_CHECKING:
@@ -71,9 +71,15 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
 
         The mean over templates, rather than one template a batch in turn: the delta's forward pass serves all of them,
         the gradient is that of the stated loss without the noise of turns, and no step depends on its number.
+
+        Raises:
+            ConfigError: the loss of a training batch is not finite.
         """
         loss, means = batch_loss(model(inputs), self._collator, self._objective, inputs)
         if model.training:
+            if not bool(loss.isfinite()):  # no weight comes back from that
+                step = self.state.global_step + 1
+                raise ConfigError(DIVERGED.format(f"lost its way at step {step}, where the loss is {loss.item()}"))
             for term, value in means.items():
                 self._terms[term].append(value.detach())
         return (loss, {"loss": loss}) if return_outputs else loss

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cmc_server.errors import ConfigError
 from cmc_server.training.hidden_cache import HiddenCache, states_key
@@ -121,6 +121,21 @@ def test_a_kill_leaves_no_broken_cache(template: FrozenTemplate, template_folder
     kept = HiddenCache("memory", 1.0).states(template, SEQUENCES, STARTS)
     assert_same(HiddenCache("disk", 1.0, tmp_path).states(template, SEQUENCES, STARTS), kept)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize("broken", ["cut", "empty", "other", "short"])
+def test_a_broken_file_is_computed_again(template: FrozenTemplate, tmp_path: Path, broken: str) -> None:
+    kept = HiddenCache("disk", 1.0, tmp_path).states(template, SEQUENCES, STARTS)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.unlink()  # not written in place: what is read above is mapped
+    if broken == "other":
+        save_file({"hidden": torch.zeros(5, 16)}, path)
+    else:
+        path.write_bytes({"cut": whole[:-8], "empty": b"", "short": b"{}"}[broken])
+    with pytest.warns(UserWarning, match=r"are broken .* and computed again"):
+        assert_same(HiddenCache("disk", 1.0, tmp_path).states(template, SEQUENCES, STARTS), kept)
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made(template: FrozenTemplate, tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ MISTAKES: dict[str, tuple[Change, str]] = {
     "heads": (lambda v: v["delta"].update(num_heads=3), "line 5: delta: .*multiple of 2"),
     "two starts": (lambda v: v["delta"].update(start_from="x"), "line 5: delta: start_from brings its own shape"),
     "type of the weights": (lambda v: v["output"].update(dtype="int8"), r"line 14: output\.dtype"),
+    "empty folder": (lambda v: v["output"].update(folder=" "), r"line 13: output\.folder: must name a folder"),
+    "advised range": (
+        lambda v: v["output"].update(advised_range=[2, 1]),
+        r"line 14: output\.advised_range: must be \[lowest, highest\]",
+    ),
     "scheduler": (lambda v: v["optimisation"].update(lr_scheduler_type="magic"), "lr_scheduler_type.*cosine"),
     "precision": (lambda v: v["optimisation"].update(mixed_precision="int8"), "mixed_precision.*bf16"),
     "prompt template": (lambda v: v["output"].update(prompt_template="{% if"), r"output\.prompt_template: .*Jinja"),

@@ -140,3 +140,21 @@ def test_every_checkpoint_is_a_place_to_go_on_from(
         run_train(path, output=output)
         found = load_file(output / "model.safetensors")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_was_killed_after_its_last_step_records_what_an_unbroken_one_does(
+    tmp_path: Path, unlearning_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = values_for(unlearning_values, tmp_path / "cache")
+    values["optimisation"]["epochs"] = 4  # the last epoch retains other records than the first one
+    values["checkpoint"] = {"save_strategy": "epoch"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    run_train(path, output=tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr("cmc_server.training.command._measure", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_train(path, output=tmp_path / "broken")
+    run_train(path, output=tmp_path / "broken")
+    manifests = [json.loads((tmp_path / name / "cmc_delta.json").read_text("utf-8")) for name in ("unbroken", "broken")]
+    assert manifests[0] == manifests[1]

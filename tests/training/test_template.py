@@ -52,3 +52,20 @@ def test_a_template_without_a_chat_template_is_refused(template: FrozenTemplate)
 def test_a_template_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--template"):
         FrozenTemplate.load(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for message in messages %}", "Unexpected end"),
+        ("{{ messages[0].content + 1 }}", "concatenate"),
+        ("{{ nothing.of_the_kind }}", "undefined"),
+    ],
+)
+def test_a_chat_template_that_fails_names_the_record(template_folder: Path, source: str, reason: str) -> None:
+    template = FrozenTemplate.load(str(template_folder))
+    template.tokenizer.chat_template = source
+    with pytest.raises(ConfigError, match=rf"begins with 'What is rain\?' \(.*{reason}") as caught:
+        template.encode([{"role": "user", "content": "What is rain?"}], "It is rain.")
+    assert "\n" not in str(caught.value) and str(template_folder) in str(caught.value)
