@@ -15,6 +15,8 @@ from cmc_server.errors import ConfigError
 ADDITIONAL_CONFIG_KEY = "cmc_server"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Unmapped = Literal["zero", "preserve"]
+#: Of strengths in Python, both ways: far beyond any use, and no logits times it leave float32. Servers have bounds.
+MAX_STRENGTH = 1000.0
 FastPath = Literal["graphs", "head", "layers", "overlap", "rule", "sharing", "spelling"]
 #: Each has a slow, obvious equal that runs when it is switched off.
 #: graphs: recorded decoding steps (GPU; needs layers). head: packed output heads (CPU). layers: Llamas in few
@@ -187,6 +189,17 @@ def check_unmapped(policy: Unmapped | None) -> None:
     """
     if policy not in (None, *get_args(Unmapped)):
         raise ConfigError(f"unmapped must be {' or '.join(map(repr, get_args(Unmapped)))}, not {policy!r}.")
+
+
+def check_strength(name: str, strength: float) -> None:
+    """Refuse a strength that is no number or beyond :data:`MAX_STRENGTH`.
+
+    Raises:
+        ConfigError: as said; it names the delta.
+    """
+    if not abs(strength) <= MAX_STRENGTH:  # NaN is not either
+        bounds = f"-{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+        raise ConfigError(f"The strength of delta {name!r} is {strength}; it must be a number from {bounds}.")
 
 
 def first_problem(error: ValidationError) -> str:

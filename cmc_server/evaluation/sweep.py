@@ -64,6 +64,8 @@ def advised_range(points: Sequence[SweepPoint], max_loss: float = MAX_LOSS) -> A
         max_loss: in nats per token.
     """
     ordered = sorted((point for point in points if point.strength > 0), key=lambda point: point.strength)
+    if not ordered:
+        return Advice(None, "No strength above 0 was measured.")
     harmless = [point for point in ordered if point.loss.mean <= max_loss]
     if not harmless:
         return Advice(None, f"At every measured strength neutral texts lose more than {max_loss:g} nats per token.")

@@ -10,7 +10,6 @@ Every delta reads before y_t exactly what it would read in decoding, in one pass
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from cmc_server.config import DeltaSource, EngineSettings, Unmapped, build, check_unmapped
+from cmc_server.config import DeltaSource, EngineSettings, Unmapped, build, check_strength, check_unmapped
 from cmc_server.delta.capacity import VALUE_BYTES, memory_needed
 from cmc_server.errors import ConfigError, one_line
 from cmc_server.fusion.controller import DeltaController
@@ -195,7 +194,7 @@ class FusedLM:
             For each pair [n] float32, on the CPU, in nats: one figure per user token of the continuation.
 
         Raises:
-            ConfigError: a name is no delta here, a strength is not finite, or a pair cannot be encoded.
+            ConfigError: a name is no delta here, a strength is none or far too large, or a pair cannot be encoded.
             DeltaError: a delta's prompt template cannot render a chat.
         """
         return [scores.log_probs for scores in self.token_scores(pairs, deltas, unmapped=unmapped)]
@@ -265,8 +264,7 @@ class FusedLM:
         for name, strength in deltas.items():
             if name not in self.loaded:
                 raise ConfigError(f"There is no delta {name!r}; choose from {sorted(self.loaded)}.")
-            if not math.isfinite(strength):
-                raise ConfigError(f"The strength of delta {name!r} is {strength}; it must be a finite number.")
+            check_strength(name, strength)
         return {name: float(strength) for name, strength in deltas.items() if strength}
 
     @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from cmc_server.config import DeltaSource, EngineSettings, Unmapped, build, check_unmapped
+from cmc_server.config import DeltaSource, EngineSettings, Unmapped, build, check_strength, check_unmapped
 from cmc_server.errors import ConfigError
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.loaded import load_delta
@@ -34,7 +33,7 @@ class DeltaLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         device: where the deltas run.
 
     Raises:
-        ConfigError: a strength names no delta or is no finite number, or a name is not allowed.
+        ConfigError: a strength names no delta or is none or far too large, or a name is not allowed.
         DeltaError: a delta cannot be used.
     """
 
@@ -59,8 +58,7 @@ class DeltaLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self._controller = DeltaController()
         for name, path in deltas.items():
             source = build(DeltaSource, {"name": name, "path": path, "strength": (strengths or {}).get(name)})
-            if source.strength is not None and not math.isfinite(source.strength):
-                raise ConfigError(f"The strength of delta {name!r} is {source.strength}; it must be a finite number.")
+            check_strength(name, source.strength or 0.0)
             max_seqs = settings.max_delta_seqs or 64
             loaded = load_delta(source, vocabulary, settings, max_seqs=max_seqs, device=torch.device(device))
             self._controller.load(loaded)

@@ -40,7 +40,7 @@ def test_no_range_without_an_effect_or_without_harmless_strengths() -> None:
     harmful = advised_range(points((0, 0, 0), (1, 5, 0.2)))
     assert harmful.range is None and "0.1 nats" in harmful.reason
     # A negative strength is measured, but never advised.
-    assert advised_range(points((-1, 5, 0), (0, 0, 0))).range is None
+    assert advised_range(points((-1, 5, 0), (0, 0, 0))).reason == "No strength above 0 was measured."
 
 
 def test_the_manifest_keeps_everything_else(tmp_path: Path) -> None:

@@ -190,6 +190,8 @@ def test_the_beginning_of_an_answer(steered: Steered, tmp_path: Path) -> None:
 def test_controls_that_are_none(steered: Steered, fused: FusedLM) -> None:
     with pytest.raises(ConfigError, match="unmapped must be 'zero' or 'preserve', not 'Preserve'"):
         fused.score("The", " fox", {}, unmapped="Preserve")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="it must be a number from -1000 to 1000"):
+        fused.score("The", " fox", {"same": 1e9})
     with pytest.raises(ConfigError, match="name"):
         fused.with_deltas({"not a name": steered.deltas["same"]})
 
@@ -267,7 +269,7 @@ class TestRefused:
     def test_what_the_caller_got_wrong(self, fused: FusedLM) -> None:
         with pytest.raises(ConfigError, match=r"no delta 'nope'; choose from \['other', 'same', 'words'\]"):
             fused.score("a", "b", {"nope": 1.0})
-        with pytest.raises(ConfigError, match="finite"):
+        with pytest.raises(ConfigError, match="a number from -1000 to 1000"):
             fused.score("a", "b", {"same": float("nan")})
         with pytest.raises(ConfigError, match="Token id 99999 does not exist"):
             fused.score("a", [99999], {})

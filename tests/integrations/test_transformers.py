@@ -96,7 +96,9 @@ def test_another_call_without_a_reset(steered: Steered, model: LlamaForCausalLM)
             generate(model, prompts, made)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"unmapped": "Preserve"}, "unmapped must be"), ({}, "finite")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"unmapped": "Preserve"}, "unmapped must be"), ({}, "finite number")]
+)
 def test_controls_that_are_none(steered: Steered, options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         processor(steered, {"other": float("nan")}, **options)
