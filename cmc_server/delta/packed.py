@@ -1,4 +1,4 @@
-"""Read packed weights: one bit for each weight and scales, as ``cmc-server edit --packed`` writes them."""
+"""Read packed weights: few bits for each weight and scales, as ``cmc-server edit --packed`` writes them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def load_packed(folder: Path, base: Path | None = None) -> dict[str, Tensor]:
         weights = {}
         for name, entry in tensors.items():
             signs, scales = stored.pop(f"{name}.signs"), stored.pop(f"{name}.scales")
-            change = unpack_signs(signs, entry["shape"][-1]) * scales.float()
+            levels = stored.pop(f"{name}.levels", None)
+            magnitudes = scales.float() if levels is None else unpack_levels(levels, scales, entry["shape"][-1])
+            change = unpack_signs(signs, entry["shape"][-1]) * magnitudes
             weight = change if base_weights is None else base_weights[name].float() + change
             weights[name] = weight.view(entry["shape"]).to(_DTYPES[entry["dtype"]])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -62,8 +64,28 @@ def load_packed(folder: Path, base: Path | None = None) -> dict[str, Tensor]:
 
 def unpack_signs(signs: Tensor, length: int) -> Tensor:
     """Packed signs uint8 [..., ceil(length / 8)] as +1 and -1, float32 [..., length]; the lowest bit comes first."""
-    bits = np.unpackbits(signs.numpy(), axis=-1, count=length, bitorder="little")
-    return torch.from_numpy(bits).float().mul_(2).sub_(1)
+    return _unpack_bits(signs, length).float().mul_(2).sub_(1)
+
+
+def unpack_levels(levels: Tensor, scales: Tensor, length: int) -> Tensor:
+    """The magnitude of each weight.
+
+    Args:
+        levels: uint8 [bits, ..., ceil(length / 8)], packed as signs are, the lowest bit of the level first.
+        scales: of the M levels, float [..., M], or 1 for any of the first axes.
+        length: of a row.
+
+    Returns:
+        float32 [..., length].
+    """
+    places = torch.zeros(*levels.shape[1:-1], length, dtype=torch.int64)
+    for bit, plane in enumerate(levels):
+        places += _unpack_bits(plane, length).long() << bit
+    return scales.float().expand(*places.shape[:-1], -1).gather(-1, places)
+
+
+def _unpack_bits(packed: Tensor, length: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=length, bitorder="little"))
 
 
 def unpack_folder(folder: Path, output: Path, base: Path | None = None) -> None:

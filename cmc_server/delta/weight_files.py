@@ -15,9 +15,10 @@ from cmc_server.errors import DeltaError
 
 #: JSON files of a delta are small; what is larger is no config, manifest or index.
 MAX_JSON_BYTES = 16 * 2**20
-#: Values that a delta's weights may have: floating point, and bytes of packed signs (delta/packed.py).
+#: Values that a delta's weights may have: floating point, and bytes of packed signs and levels (delta/packed.py).
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_SIGNS = ".signs"
+_SINGLE = ("packed.safetensors", "model.safetensors")
+_SIGNS, _LEVELS = ".signs", ".levels"
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,12 @@ class WeightFiles:
 
 
 def read_weight_files(folder: Path) -> WeightFiles:
-    """Read the headers of all safetensors files.
+    """Read the headers of the files that hold the weights; others may lie beside them.
 
     Raises:
         DeltaError: there is none, one is missing or not valid, or a tensor is of a type that no delta has.
     """
-    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if not files:
-        raise DeltaError(f"The delta folder {folder} has no .safetensors file; convert its weights to safetensors.")
+    files = _find(folder)
     counts = []
     for path in files:
         try:
@@ -51,11 +50,6 @@ def read_weight_files(folder: Path) -> WeightFiles:
                 counts += [_num_values(path, name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DeltaError(f"{path} is not a valid safetensors file: {error}.") from None
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        missing = sorted(set(_read_index(index).values()) - {path.name for path in files})
-        if missing:
-            raise DeltaError(f"{index} names {missing[0]}, which is missing from the delta folder.")
     return WeightFiles(sum(path.stat().st_size for path in files), len(counts), sum(counts))
 
 
@@ -103,11 +97,29 @@ def read_json(path: Path) -> Any:
         raise DeltaError(f"{path} cannot be read as JSON: {error}.") from None
 
 
+def _find(folder: Path) -> list[Path]:
+    """What will be loaded, in transformers' order of preference behind packed weights."""
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(set(_read_index(index).values())) if index.exists() else []
+    for name in shards:
+        if name != Path(name).name or not (folder / name).is_file():
+            raise DeltaError(f"{index} names {name}, which is missing from the delta folder.")
+    single = [path for name in _SINGLE if (path := folder / name).is_file()][:1]
+    if not single and not shards:
+        raise DeltaError(
+            f"The delta folder {folder} has no model.safetensors, nor an index of shards; convert its weights to "
+            "safetensors."
+        )
+    return single or [folder / name for name in shards]
+
+
 def _num_values(path: Path, name: str, tensor: Any) -> int:
     shape: Sequence[int] = tensor.get_shape()
     dtype = str(tensor.get_dtype())
     if name.endswith(_SIGNS) and dtype == "U8":
         return 8 * math.prod(shape)
+    if name.endswith(_LEVELS) and dtype == "U8":
+        return 0  # more about weights that have signs
     if dtype not in _FLOATS:
         raise DeltaError(f"{path} holds {name} as {dtype}; weights are floating-point numbers of 16 to 64 bits.")
     return math.prod(shape)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Granularity = Literal["tensor", "row"]
 Magnitudes = Literal["mean", "uniform", "normal"]
+#: Beyond 8 bits and a sign, packed weights would be no smaller than whole ones.
+MAX_PACKED_LEVELS = 256
 
 
 def signs(delta: Tensor) -> Tensor:
@@ -86,14 +88,36 @@ def multilevel(delta: Tensor, levels: int, granularity: Granularity = "tensor", 
     Raises:
         ValueError: fewer than 1 level.
     """
+    blocks, means = magnitude_blocks(delta, levels, granularity)
+    scales = factor * means
+    return signs(delta) * scales.expand(*delta.shape[:-1], -1).gather(-1, blocks)
+
+
+def magnitude_blocks(delta: Tensor, levels: int, granularity: Granularity = "tensor") -> tuple[Tensor, Tensor]:
+    """What :func:`multilevel` keeps beside signs.
+
+    Args:
+        delta: as there.
+        levels: as there.
+        granularity: as there.
+
+    Returns:
+        The block of each element, int64 in the shape of ``delta``, 0 is that of the smallest magnitudes and of equal
+        ones the first come first; and the blocks' means, float32 [..., M], or [1, ..., 1, M] of a tensor's blocks, with
+        M the number of levels, or of elements if those are fewer.
+
+    Raises:
+        ValueError: fewer than 1 level.
+    """
     if levels < 1:
         raise ValueError(f"at least 1 level is needed, not {levels}")
     rows = delta.reshape(1, -1) if granularity == "tensor" else delta.reshape(-1, delta.shape[-1])
-    ordered, order = rows.abs().sort(-1)
-    for block in ordered.tensor_split(min(levels, rows.shape[-1]), dim=-1):
-        block.copy_(block.mean(-1, keepdim=True).expand_as(block))
-    magnitudes = torch.empty_like(ordered).scatter_(-1, order, ordered).view_as(delta)
-    return signs(delta) * magnitudes * factor
+    ordered, order = rows.abs().sort(stable=True, dim=-1)
+    parts = ordered.tensor_split(min(levels, rows.shape[-1]), dim=-1)
+    blocks = torch.cat([torch.full(part.shape, index) for index, part in enumerate(parts)], dim=-1)
+    means = torch.stack([part.mean(-1) for part in parts], dim=-1)
+    kept = delta.shape[:-1] if granularity == "row" else [1] * (delta.dim() - 1)
+    return torch.empty_like(order).scatter_(-1, order, blocks).view_as(delta), means.view(*kept, -1)
 
 
 def random_magnitudes(

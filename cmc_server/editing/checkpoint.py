@@ -36,6 +36,8 @@ class Checkpoint:
         self.folder = folder
         self.config = read_object(folder / "config.json")
         index = _read_index(folder)
+        if index is not None and (folder / WEIGHTS).is_file() and WEIGHTS not in index.values():
+            raise EditingError(f"{folder} has both {WEIGHTS} and {INDEX}; remove the one that is not the model's.")
         names = [WEIGHTS] if index is None else sorted(set(index.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing and (folder / PACKED_FILE).is_file():

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from cmc_server import __version__
-from cmc_server.editing.checkpoint import PACKED_FILE, Checkpoint
+from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.dare import edit_intensity
 from cmc_server.editing.edit_options import EditOptions
 from cmc_server.editing.methods import BitDelta, Dare
-from cmc_server.editing.packed import write_packed
+from cmc_server.editing.packed import packed_size, write_packed
 from cmc_server.editing.runs import check_finite, identity, output_folder, progress, result_of, run_dry, write_weights
 from cmc_server.editing.sources import Sources
 from cmc_server.editing.stream import Edit
@@ -56,11 +56,13 @@ def run_edit(options: EditOptions, as_json: bool = False) -> int:
         report["analysis"] = _analyse(options, options.analyse, Edit(sources, options.build(), options.seed, scales))
         check_finite(report["analysis"], _TOO_LARGE, "analysis")
     edit = Edit(sources, options.build(), options.seed, scales)
+    if options.packed:
+        report["packed"] = packed_size(edit)
     if options.dry_run or options.output is None:
         run_dry(edit)
         report["result"] = _result(edit)
     else:
-        _write(options, options.output, edit, scales, report)
+        _write(options, options.output, edit, report)
     sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n" if as_json else _text(report))
     return 0
 
@@ -98,23 +100,11 @@ def _analyse(options: EditOptions, data: Path, edit: Edit) -> dict[str, Any]:
     return analyse_edit(edit, read_texts(data)[: options.analyse_examples], options.mask_seeds)
 
 
-def _write(
-    options: EditOptions,
-    output: Path,
-    edit: Edit,
-    scales: Mapping[str, torch.Tensor] | None,
-    report: dict[str, Any],
-) -> None:
-    post = edit.sources.post
-    folder = output_folder(post, output, report, force=options.force)
+def _write(options: EditOptions, output: Path, edit: Edit, report: dict[str, Any]) -> None:
+    folder = output_folder(edit.sources.post, output, report, force=options.force)
     with folder as part, progress(edit.sources, "edit") as advance:
-        if options.packed and scales is not None:
-            write_packed(edit, scales, part, advance)
-            size = (part / PACKED_FILE).stat().st_size
-            elements = sum(post.stored(name).num_elements for name in post.names)
-            report["packed"] = {"bytes": size, "share_of_float16": size / (2 * elements)}
-        else:
-            write_weights(edit, part, advance)
+        write = write_packed if options.packed else write_weights
+        write(edit, part, advance)
         report["result"] = _result(edit)
 
 

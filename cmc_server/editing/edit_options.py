@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cmc_server.editing.bitdelta import MAX_PACKED_LEVELS
 from cmc_server.editing.methods import METHODS, BitDelta, Method, build_method
 from cmc_server.errors import ConfigError
 
@@ -31,7 +32,7 @@ class EditOptions:
         exclude: patterns of tensors to leave as they are in ``post``.
         dry_run: do everything but write.
         force: replace a checkpoint that lies at ``output``.
-        packed: store one bit for each weight; only for BitDelta with one level.
+        packed: store a bit for each weight's sign, and few more for its level; only for BitDelta.
         calibrate: data on which BitDelta's scales are distilled; None leaves them.
         calibration_steps: how many optimiser steps.
         calibration_rate: learning rate, in the scales' own unit.
@@ -65,11 +66,12 @@ class EditOptions:
     def __post_init__(self) -> None:
         method = self.build()
         one_bit = isinstance(method, BitDelta) and method.is_one_bit
+        can_be_packed = isinstance(method, BitDelta) and method.can_be_packed
         problems = {
             "Give the folder to write with -o, or --dry-run to write nothing.": self.output is None
             and not self.dry_run,
-            "--packed stores signs and scales: --method bitdelta with 1 level and mean magnitudes.": self.packed
-            and not one_bit,
+            "--packed stores signs, levels and their scales: --method bitdelta with at most "
+            f"{MAX_PACKED_LEVELS} levels and mean magnitudes.": self.packed and not can_be_packed,
             "--calibrate trains the scales of --method bitdelta with 1 level and mean magnitudes.": not one_bit
             and self.calibrate is not None,
             "--with merges further models, which only --method ties does.": bool(self.others) and self.method != "ties",

@@ -116,6 +116,11 @@ class BitDelta(Method):
         return self.levels == 1 and self.magnitudes == "mean"
 
     @property
+    def can_be_packed(self) -> bool:
+        """Whether few bits for each weight say everything."""
+        return self.levels <= bitdelta.MAX_PACKED_LEVELS and self.magnitudes == "mean"
+
+    @property
     def whole(self) -> bool:
         """Levels are told apart by a sort, and random magnitudes drawn beside it."""
         return not self.is_one_bit

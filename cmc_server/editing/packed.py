@@ -1,9 +1,11 @@
-"""Write a BitDelta as it is meant to be stored: one bit for each weight, and scales.
+"""Write a BitDelta as it is meant to be stored: one bit for each weight, few more where there are levels, and scales.
 
 ``packed.safetensors`` holds, for each packed tensor W of shape [..., n], ``W.signs`` uint8 [..., ceil(n / 8)] (bit i
-of byte j is set where element 8 j + i is positive or 0) and ``W.scales`` float16 or float32, [1, ..., 1] or [..., 1];
-every other tensor as it was. Its metadata say the rest: ``format``, ``tensors`` (shape and type of each packed one),
-and ``base``: ``{}`` where W = sign * scale; where W = base + sign * scale, the SHA-256 of each weight file of the base.
+of byte j is set where element 8 j + i is positive or 0) and ``W.scales`` float16 or float32, [1, ..., 1] or [..., 1].
+With M magnitude levels it has their places as ``W.levels`` uint8 [ceil(log2 M), ..., ceil(n / 8)], the lowest bit
+first and each packed as signs are, and ``W.scales`` is float32, [1, ..., 1, M] or [..., M]. Every other tensor is as it
+was. The metadata say the rest: ``format``, ``tensors`` (shape and type of each packed one), and ``base``: ``{}`` where
+W = sign * scale; where W = base + sign * scale, the SHA-256 of each weight file of the base.
 :mod:`cmc_server.delta.packed` reads it.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmc_server.editing.bitdelta import magnitude_blocks
 from cmc_server.editing.checkpoint import PACKED_FILE
+from cmc_server.editing.methods import BitDelta
 from cmc_server.editing.shards import DTYPES, write_shard
 from cmc_server.editing.stream import Edit, told
 from cmc_server.errors import EditingError
@@ -28,56 +32,117 @@ PACKED_FORMAT = "cmc-packed-1"
 #: As :mod:`cmc_server.delta.packed` unpacks.
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
 _STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_Layout = list[tuple[str, torch.dtype, list[int]]]
 
 
 def pack_signs(delta: Tensor) -> Tensor:
     """The signs of [..., n] numbers as uint8 [..., ceil(n / 8)], the first element in the lowest bit; 0 counts as +."""
-    return torch.from_numpy(np.packbits((delta >= 0).numpy(), axis=-1, bitorder="little"))
+    return _pack_bits(delta >= 0)
 
 
-def write_packed(edit: Edit, scales: Mapping[str, Tensor], folder: Path, advance: Callable[[int], object]) -> None:
-    """Write the packed file of a one-bit BitDelta.
+def write_packed(edit: Edit, folder: Path, advance: Callable[[int], object]) -> None:
+    """Write the packed file of a BitDelta.
 
     Args:
-        edit: says which tensors are packed, and gives the others.
-        scales: float32 of each packed tensor, that broadcast to it.
+        edit: by :class:`BitDelta`, with mean magnitudes; says which tensors are packed, and gives the others.
         folder: exists.
         advance: called with the bytes of each piece, for a progress bar.
 
     Raises:
         EditingError: a tensor to pack has a type that packed weights cannot be unpacked to.
     """
+    pieces = (piece for name in edit.sources.post.names for piece in told(_stored_pieces(edit, name), advance))
+    write_shard(folder / PACKED_FILE, _header(edit), pieces)
+
+
+def packed_size(edit: Edit) -> dict[str, float]:
+    """How large the packed file of an edit is: ``bytes``, and ``share_of_float16``, of all weights in two bytes each.
+
+    Raises:
+        EditingError: as :func:`write_packed`.
+    """
     post = edit.sources.post
-    packed: dict[str, Any] = {}
-    layout: list[tuple[str, torch.dtype, list[int]]] = []
-    for name in post.names:
-        stored = post.stored(name)
-        if name not in scales:
-            layout.append((name, stored.dtype, list(stored.shape)))
-            continue
-        if stored.dtype not in _PACKABLE:
-            kind = str(stored.dtype).removeprefix("torch.")
-            raise EditingError(f"{name} of {post.folder} is {kind}, which cannot be packed; leave out --packed.")
-        packed[name] = {"shape": list(stored.shape), "dtype": _STORED_NAMES[stored.dtype]}
-        layout.append((f"{name}.signs", torch.uint8, [*stored.shape[:-1], -(-stored.shape[-1] // 8)]))
-        layout.append((f"{name}.scales", _scale_type(scales[name]), list(scales[name].shape)))
+    size = len(_header(edit)) + sum(_num_bytes(dtype, shape) for _, dtype, shape in _layout(edit))
+    return {"bytes": size, "share_of_float16": size / (2 * sum(post.stored(name).num_elements for name in post.names))}
+
+
+def _header(edit: Edit) -> bytes:
     metadata = {
         "format": PACKED_FORMAT,
-        "tensors": json.dumps(packed),
+        "tensors": json.dumps({name: _entry(edit, name) for name in edit.edited_names()}),
         "base": json.dumps({} if edit.sources.base is None else edit.sources.base.file_hashes()),
     }
-    pieces = (piece for name in post.names for piece in told(_stored_pieces(edit, scales, name), advance))
-    write_shard(folder / PACKED_FILE, _header(layout, metadata), pieces)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape in _layout(edit):
+        start, end = end, end + _num_bytes(dtype, shape)
+        header[name] = {"dtype": _STORED_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
-def _stored_pieces(edit: Edit, scales: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
-    if name not in scales:
+def _entry(edit: Edit, name: str) -> dict[str, Any]:
+    post = edit.sources.post
+    stored = post.stored(name)
+    if stored.dtype not in _PACKABLE:
+        kind = str(stored.dtype).removeprefix("torch.")
+        raise EditingError(f"{name} of {post.folder} is {kind}, which cannot be packed; leave out --packed.")
+    return {"shape": list(stored.shape), "dtype": _STORED_NAMES[stored.dtype]}
+
+
+def _layout(edit: Edit) -> _Layout:
+    """Names, types and shapes of what the packed file holds, in its order."""
+    post, edited = edit.sources.post, set(edit.edited_names())
+    layout: _Layout = []
+    for name in post.names:
+        stored = post.stored(name)
+        layout += _packed_layout(edit, name) if name in edited else [(name, stored.dtype, list(stored.shape))]
+    return layout
+
+
+def _packed_layout(edit: Edit, name: str) -> _Layout:
+    stored, scales = edit.sources.post.stored(name), edit.measure(name)
+    *rows, length = stored.shape
+    packed = [*rows, -(-length // 8)]
+    layout: _Layout = [(f"{name}.signs", torch.uint8, packed)]
+    if scales is not None:
+        return [*layout, (f"{name}.scales", _scale_type(scales), list(scales.shape))]
+    method = _method(edit)
+    by_row = method.granularity == "row"
+    num_levels = min(method.levels, length if by_row else stored.num_elements)
+    layout.append((f"{name}.levels", torch.uint8, [_num_bits(num_levels), *packed]))
+    return [*layout, (f"{name}.scales", torch.float32, [*(rows if by_row else [1] * len(rows)), num_levels])]
+
+
+def _stored_pieces(edit: Edit, name: str) -> Iterator[Tensor]:
+    if name not in edit.edited_names():
         yield from edit.tensor(name)
         return
     for _ in edit.tensor(name):  # for its checks and totals
         pass
     yield from (pack_signs(delta).flatten() for delta in edit.deltas(name))
-    yield scales[name].to(_scale_type(scales[name])).flatten()
+    scales = edit.measure(name)
+    if scales is not None:
+        yield scales.to(_scale_type(scales)).flatten()
+        return
+    method = _method(edit)
+    places, means = magnitude_blocks(edit.delta(name), method.levels, method.granularity)
+    yield from (_pack_bits(places >> bit & 1).flatten() for bit in range(_num_bits(means.shape[-1])))
+    yield (method.factor * means).flatten()
+
+
+def _method(edit: Edit) -> BitDelta:
+    assert isinstance(edit.method, BitDelta) and edit.method.can_be_packed
+    return edit.method
+
+
+def _num_bits(num_levels: int) -> int:
+    return (num_levels - 1).bit_length()
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little"))
 
 
 def _scale_type(scales: Tensor) -> torch.dtype:
@@ -85,12 +150,5 @@ def _scale_type(scales: Tensor) -> torch.dtype:
     return torch.float16 if scales.numel() > 1 and torch.equal(scales.half().float(), scales) else torch.float32
 
 
-def _header(layout: list[tuple[str, torch.dtype, list[int]]], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, dtype, shape in layout:
-        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        header[name] = {"dtype": _STORED_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def _num_bytes(dtype: torch.dtype, shape: list[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

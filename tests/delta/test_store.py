@@ -39,6 +39,13 @@ def test_a_folder_is_described(folder: Path) -> None:
     assert (plain.context_length, plain.version != artifact.version) == (512, True)
 
 
+def test_files_that_are_not_read_count_for_nothing(folder: Path) -> None:
+    before = opened(folder)
+    shutil.copy(folder / "model.safetensors", folder / "adapter.safetensors")
+    after = opened(folder)
+    assert (after.weight_bytes, after.num_weights) == (before.weight_bytes, before.num_weights)
+
+
 def test_the_version_is_the_content(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     (copy / "README.md").write_text("says nothing to the model")
@@ -53,12 +60,17 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
     "code": (lambda f: edit_config(f, auto_map={"AutoModel": "x.Y"}), "must not bring code"),
     "no vocabulary size": (lambda f: edit_config(f, vocab_size=None), "vocab_size"),
-    "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no .safetensors"),
+    "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no model.safetensors"),
     "corrupt weights": (lambda f: (f / "model.safetensors").write_bytes(b"junk"), "not a valid safetensors file"),
     "missing shard": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
         "missing from the delta folder",
     ),
+    "shard elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../f/model.safetensors"}}'),
+        "missing from the delta folder",
+    ),
+    "another name": (lambda f: (f / "model.safetensors").rename(f / "weights.safetensors"), "no model.safetensors"),
     "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "safetensors index"),
 }
 

@@ -251,6 +251,11 @@ def test_broken_folders(base: Path, tmp_path: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     with pytest.raises(EditingError, match="must name files of the folder"):
         Checkpoint(sharded)
+    (sharded / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    index["weight_map"][NORM] = part.name
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(EditingError, match=r"has both model.safetensors and model.safetensors.index.json"):
+        Checkpoint(sharded)
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(EditingError, match=r"has no model.safetensors"):
         Checkpoint(base)

@@ -132,7 +132,7 @@ def test_bad_numbers_in_the_middle_leave_nothing(
         (["--method", "dare", "--drop", "-0.5"], "drop: Input should be greater than or equal to 0"),
         (["--method", "expo", "--drop", "0.5"], "--drop is no option of --method expo"),
         (["--method", "no"], "choose among dare, magnitude, bitdelta, twin, ties, expo"),
-        (["--method", "expo", "--packed"], "--packed stores signs and scales"),
+        (["--method", "expo", "--packed"], "--packed stores signs, levels and their scales"),
         (["--method", "dare", "--with", "x"], "--with merges further models"),
         (["--method", "twin", "--calibrate", "x"], "--calibrate trains the scales"),
         (["--method", "dare", "--mask-seeds", "1"], "--mask-seeds must be at least 2"),

@@ -65,21 +65,34 @@ def test_a_packed_delta_runs_as_the_regular_one(tmp_path: Path, tied: bool) -> N
     assert torch.equal(packed, expected)
 
 
-@pytest.mark.parametrize("more", [[], ["--granularity", "tensor"], ["--factor", "1.5", "--exclude", "lm_head*"]])
+LEVELS = [
+    ["--levels", "2"],
+    ["--levels", "5", "--factor", "1.5", "--exclude", "lm_head*"],
+    ["--levels", "256", "--granularity", "tensor"],
+    ["--levels", "200"],  # more than a row has weights
+]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--granularity", "tensor"], ["--factor", "1.5", "--exclude", "lm_head*"], *LEVELS]
+)
 def test_without_a_base_packed_and_regular_are_the_same_bits(post: Path, tmp_path: Path, more: list[str]) -> None:
     packed = load_packed(pack("zero", post, tmp_path / "packed", *more))
     expected = weights_of(regular("zero", post, tmp_path / "regular", *more))
     assert packed.keys() == expected.keys()
     assert all(torch.equal(packed[name], tensor) for name, tensor in expected.items())
+    open_delta(DeltaSource(name="packed", path=str(tmp_path / "packed")))
     assert torch.equal(packed[NORM], weights_of(post)[NORM])
 
 
+@pytest.mark.parametrize("levels", ["1", "3"])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_relative_to_a_base(base: Path, post: Path, tmp_path: Path, granularity: str) -> None:
+def test_relative_to_a_base(base: Path, post: Path, tmp_path: Path, granularity: str, levels: str) -> None:
     base3, post2 = shard(base, tmp_path / "base3", 3), shard(post, tmp_path / "post2", 2)
-    folder = pack(base3, post2, tmp_path / "packed", "--granularity", granularity)
+    variant = ["--granularity", granularity, "--levels", levels]
+    folder = pack(base3, post2, tmp_path / "packed", *variant)
     packed = load_packed(folder, base3)
-    expected = weights_of(regular(base, post, tmp_path / "regular", "--granularity", granularity))
+    expected = weights_of(regular(base, post, tmp_path / "regular", *variant))
     assert packed.keys() == expected.keys()
     for name, tensor in expected.items():
         assert packed[name].dtype == tensor.dtype
@@ -99,14 +112,19 @@ def test_the_base_must_be_the_one(base: Path, post: Path, tmp_path: Path) -> Non
 def test_it_is_at_most_an_eighth_of_float16(post: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Rows of 32 weights are the worst case here: 4 bytes of signs and 2 of a scale stand for 64 bytes.
     output = tmp_path / "packed"
-    assert main(["edit", "zero", str(post), "--method", "bitdelta", "--packed", "-o", str(output), "--json"]) == 0
+    words = ["edit", "zero", str(post), "--method", "bitdelta", "--packed", "--json"]
+    assert main([*words, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main([*words, "-o", str(output)]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert planned == {key: value for key, value in report.items() if key != "output"}
     elements = sum(tensor.numel() for tensor in weights_of(post).values())
     with safe_open(output / PACKED_FILE, framework="pt") as file:
         header = (output / PACKED_FILE).stat().st_size - sum(
             file.get_tensor(name).nbytes
             for name in file.keys()  # noqa: SIM118
         )
+    assert report["packed"]["bytes"] == (output / PACKED_FILE).stat().st_size
     assert report["packed"]["share_of_float16"] == (output / PACKED_FILE).stat().st_size / (2 * elements)
     # The header and the norms do not shrink, which only shows in models as tiny as this one.
     assert (output / PACKED_FILE).stat().st_size - header <= 2 * elements / 8
@@ -136,9 +154,9 @@ def test_a_row_whose_scale_is_too_small_for_float16_keeps_its_size(post: Path, t
     torch.testing.assert_close(packed.float().abs().mean(-1), expected, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("spoil", ["cut", "format", "tensor", "outside"])
+@pytest.mark.parametrize("spoil", ["cut", "format", "tensor", "outside", "level"])
 def test_corrupt_files(post: Path, tmp_path: Path, spoil: str) -> None:
-    path = pack("zero", post, tmp_path / "packed") / PACKED_FILE
+    path = pack("zero", post, tmp_path / "packed", "--levels", "3") / PACKED_FILE
     if spoil == "cut":
         path.write_bytes(path.read_bytes()[:-5])
     else:
@@ -147,6 +165,8 @@ def test_corrupt_files(post: Path, tmp_path: Path, spoil: str) -> None:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if spoil == "tensor":
             weights.pop("lm_head.weight.scales")
+        if spoil == "level":  # a fourth one, which there is no scale for
+            weights["lm_head.weight.levels"] |= 255
         changes = {"format": {"format": "other"}, "outside": {"base": json.dumps({"../post/x": "0"})}}
         save_file(weights, path, metadata=metadata | changes.get(spoil, {}))
     with pytest.raises(DeltaError, match=r"packed.safetensors (is not|names the base file)"):
@@ -170,8 +190,8 @@ def test_packed_weights_are_not_edited_as_they_are(
     assert "holds packed weights, which cannot be edited as they are" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [["--levels", "2"], ["--magnitudes", "uniform"]])
-def test_what_does_not_fit_into_one_bit(post: Path, tmp_path: Path, more: list[str]) -> None:
+@pytest.mark.parametrize("more", [["--levels", "257"], ["--magnitudes", "uniform"]])
+def test_what_does_not_fit_into_few_bits(post: Path, tmp_path: Path, more: list[str]) -> None:
     words = ["edit", "zero", str(post), "--method", "bitdelta", "--packed", "-o", str(tmp_path / "packed")]
     assert main([*words, *more]) == 2
     assert not (tmp_path / "packed").exists()
