@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "__init__": set(),  # the version, which everybody may import
     "errors": set(),
     "config": {"errors"},
+    "locks": {"errors"},
     "vocab": {"errors", "config"},
     "delta": {"errors", "config", "vocab"},
     "fusion": {"errors", "config", "vocab", "delta"},
     "integrations": {"errors", "config", "vocab", "delta", "fusion"},
-    "training": {"errors", "config", "vocab", "delta", "fusion"},
+    "training": {"errors", "config", "locks", "vocab", "delta", "fusion"},
     "evaluation": {"errors", "config", "vocab", "delta", "fusion"},
-    "editing": {"errors", "config", "vocab"},
+    "editing": {"errors", "config", "locks", "vocab"},
     "api": {"errors", "config", "vocab", "delta", "integrations"},
 }
 LAZY = {"cli", "__main__", "demo"}

@@ -23,7 +23,7 @@ def _compiled(template: str) -> str:
 
 
 #: Source of a Jinja template that compiles in the sandbox.
-PromptTemplate = Annotated[str, Field(max_length=65_536), AfterValidator(_compiled)]
+PromptTemplate = Annotated[str, Field(min_length=1, max_length=65_536), AfterValidator(_compiled)]
 
 
 class DeltaManifest(BaseModel):

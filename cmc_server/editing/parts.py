@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from cmc_server.editing.places import HIDDEN, beside, check_replaceable, place_of
 from cmc_server.errors import EditingError
+from cmc_server.locks import exclusive
 
 
 @contextmanager
@@ -91,37 +91,10 @@ def _publish(part: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """Keep other runs from a place, by a lock that ends with the process, however that ends.
-
-    It is on a file of its own, since NFS locks no folders, and since the part folder is gone before the run is.
-    """
-    path = beside(place, "lock")
-    descriptor = _acquire(path, place)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held: afterwards it could be another run's
-        os.close(descriptor)
-
-
-def _acquire(path: Path, place: Path) -> int:
-    while True:
-        descriptor, held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that held it may have removed the file since we opened it; then we hold nothing.
-            held = os.path.samestat(os.fstat(descriptor), path.stat())
-        except BlockingIOError:
-            raise EditingError(f"Another run is writing {place}; wait for its end, or give another output.") from None
-        except FileNotFoundError:
-            pass
-        finally:
-            if not held:
-                os.close(descriptor)
-        if held:
-            return descriptor
+def _locked(place: Path) -> AbstractContextManager[None]:
+    """Keep other runs from a place; the part folder would not do, since it is gone before the run is."""
+    busy = EditingError(f"Another run is writing {place}; wait for its end, or give another output.")
+    return exclusive(beside(place, "lock"), busy)
 
 
 def _synchronise(path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,9 +81,18 @@ def train_delta(
         Whether this process wrote the folder: of several, only the main one does.
 
     Raises:
-        ConfigError: data, template or output cannot be used, the working folder holds another run, or the training
-            diverged; the output folder is then as it was.
+        ConfigError: data, template or output cannot be used, another run is writing the output or has left its working
+            folder, or the training diverged; the output folder is then as it was.
     """
+    from cmc_server.training.output_folder import check_output, held, paths_read
+
+    check_output(folder, paths_read(recipe, base, template_paths))
+    # By torchrun's own word: accelerate knows of other processes on a CPU only once the trainer is made.
+    with held(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train_held(recipe, base, folder, template_paths, restart=restart)
+
+
+def _train_held(recipe: Recipe, base: Path, folder: Path, template_paths: Sequence[str], *, restart: bool) -> bool:
     import torch
     from accelerate import PartialState
     from transformers import set_seed
@@ -94,13 +105,12 @@ def train_delta(
     from cmc_server.training.data import local_or_hub, read_records
     from cmc_server.training.examples import ExampleEncoder, training_set
     from cmc_server.training.hidden_cache import HiddenCache
-    from cmc_server.training.output_folder import check_output, paths_read
+    from cmc_server.training.output_folder import publishing
     from cmc_server.training.record import build_manifest, prompt_manifest, run_hash
     from cmc_server.training.student import Student, check_finite, load_delta, new_delta, save_delta, vocabulary_size
     from cmc_server.training.template import FrozenTemplate
     from cmc_server.training.trainer import DeltaTrainer
 
-    check_output(folder, paths_read(recipe, base, template_paths))
     data, objective = recipe.data, recipe.objective
     pairs = objective.name == "dpo"
     records = {
@@ -152,9 +162,10 @@ def train_delta(
     metrics = _measure(student, collator, objective, sets)
     curvature = measure_curvature(recipe, trainer.optimizer, student, collator, sets["train"])
     manifest = build_manifest(recipe, records, sets, llms, trainer.state.global_step, metrics)
-    save_delta(delta.cpu(), tokenizer, manifest, folder, dtype)
-    write_curvature(folder, curvature, recipe, len(sets["train"]))
-    draw_losses(trainer.state.log_history, folder / LOSS_CURVE)
+    with publishing(folder) as part:
+        save_delta(delta.cpu(), tokenizer, manifest, part, dtype)
+        write_curvature(part, curvature, recipe, len(sets["train"]))
+        draw_losses(trainer.state.log_history, part / LOSS_CURVE)
     shutil.rmtree(work)
     return True
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmc_server.training.batches import Collator, TrainingSet
+from cmc_server.training.output_folder import CURVATURE_FILE
 from cmc_server.training.recipes import Recipe
 from cmc_server.training.student import Student
 from cmc_server.training.trainer import answers_by_template
@@ -30,7 +31,6 @@ from cmc_server.training.trainer import answers_by_template
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CURVATURE_FILE = Path("curvature") / "fisher.safetensors"
 _FORMAT = "cmc-curvature-1"
 #: Objectives whose loss is a mean over answers; that of the others is a mean over tokens.
 _PER_ANSWER = ("npo", "dpo")
@@ -152,4 +152,3 @@ def write_curvature(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe,
     path = folder / CURVATURE_FILE
     path.parent.mkdir(exist_ok=True)
     save_file(dict(tensors), path, metadata)
-    path.chmod(0o644)

@@ -103,16 +103,22 @@ def _read_lines(path: Path) -> list[tuple[int, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The data file {path} cannot be read: {error}.") from None
-    values = [(number, _json(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    values = [(number, _json(line, f"{path}, line {number}")) for number, line in enumerate(lines, 1) if line.strip()]
     if not values:
         raise ConfigError(f"The data file {path} is empty; it holds no chats and no prompts.")
     return values
 
 
-def _json(line: str) -> Any:
+def _json(line: str, place: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError:
+        value = json.loads(line)
+        if "\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
+        raise ConfigError(f"{place}: {half} is half of a character; mend or remove the record.") from None
+    except (ValueError, RecursionError):
         return None
 
 

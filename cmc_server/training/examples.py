@@ -63,7 +63,8 @@ class ExampleEncoder:
             roles: for each role its answers, all of one length: item i has the i-th of each.
 
         Raises:
-            ConfigError: no item is short enough, the templates spell an answer differently, or the cache is too small.
+            ConfigError: no item is short enough, a template has no embedding of a token, the templates spell an answer
+            differently, or the cache is too small.
         """
         encoded = {role: [self._encode(*pair) for pair in pairs] for role, pairs in roles.items()}
         items = [dict(zip(encoded, examples, strict=True)) for examples in zip(*encoded.values(), strict=True)]
@@ -73,6 +74,10 @@ class ExampleEncoder:
         if len(fitting) < len(items):
             message = f"{len(items) - len(fitting)} of {len(items)} records exceed data.max_length and are left out."
             warnings.warn(message, stacklevel=2)
+        for k, template in enumerate(self.templates):
+            fitting = _read_by(template, k, fitting)
+        if self.tuned is not None:
+            fitting = _read_by(self.tuned, 0, fitting)
         # One call for all, so that one file holds them.
         flat = iter(self._with_states([example for item in fitting for example in item.values()]))
         return [{role: next(flat) for role in item} for item in fitting]
@@ -80,6 +85,8 @@ class ExampleEncoder:
     def _encode(self, prompt: Prompt, answer: str) -> Example:
         ids, response = self.templates[0].encode(prompt, answer)
         delta_prompt = self._of_text(ids) if isinstance(prompt, str) else self._encoder.encode_messages(prompt)
+        if not delta_prompt:
+            raise ConfigError(f"output.prompt_template renders nothing for the record with the answer {answer[:80]!r}.")
         # The label of position t is token t + 1; the last token is only ever a label.
         delta_ids = [*delta_prompt, *response[:-1]]
         readings = tuple(
@@ -96,6 +103,7 @@ class ExampleEncoder:
         template = self.templates[k]
         # Each template ends its answers in its own way; the delta never reads that last token.
         ids, labels = template.encode(prompt, answer)
+        template.check_ids([*ids, *labels])
         reading = Reading([*ids, *labels[:-1]], len(ids) - 1, labels, list(range(num_prompt - 1, len(delta_ids))))
         if k in self.bridges:
             steps, positions = zip(*self.bridges[k].served(delta_ids[:num_prompt], labels, delta_ids), strict=True)
@@ -115,6 +123,24 @@ class ExampleEncoder:
                 for row, one in zip(readings, states or [], strict=states is not None):
                     row[k] = replace(row[k], hidden=one) if field == "hidden" else replace(row[k], tuned=one)
         return [replace(example, readings=tuple(row)) for example, row in zip(examples, readings, strict=True)]
+
+
+def _read_by(llm: FrozenTemplate, k: int, items: list[dict[str, Example]]) -> list[dict[str, Example]]:
+    """The items, as encoded for template ``k``, that an LLM can read; others are left out, with a warning.
+
+    Raises:
+        ConfigError: it can read none.
+    """
+    limit = llm.max_positions
+    fitting = [
+        item for item in items if limit is None or all(len(one.readings[k].ids) <= limit for one in item.values())
+    ]
+    if not fitting:
+        raise ConfigError(f"No record fits into the {limit} tokens that {llm.name} reads; give shorter ones.")
+    if len(fitting) < len(items):
+        left = f"{len(items) - len(fitting)} of {len(items)} records exceed the {limit} tokens that {llm.name} reads"
+        warnings.warn(f"{left} and are left out.", stacklevel=3)
+    return fitting
 
 
 def training_set(

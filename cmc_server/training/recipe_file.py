@@ -37,11 +37,14 @@ def read_yaml(path: Path) -> yaml.Node:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise ConfigError(f"The recipe {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"The recipe {path} cannot be read as YAML: {one_line(error)}.") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"The recipe {path} must hold a mapping of keys, such as `name: my-delta`.")
-    twice = _repeated_key(node)
+    try:
+        twice = _repeated_key(node)
+    except RecursionError:  # also by an anchor within itself
+        raise ConfigError(f"The recipe {path} is nested without end; write it without the anchor.") from None
     if twice is not None:
         raise ConfigError(f"The recipe {path} is not valid: line {_line(twice)}: {twice.value}: is given twice.")
     return node

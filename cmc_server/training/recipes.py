@@ -14,6 +14,9 @@ from cmc_server.delta.manifest import PromptTemplate
 from cmc_server.training.objectives import AnyObjective, InstructionTuning
 from cmc_server.training.recipe_file import ConflictError, read_yaml, validate
 
+#: Nobody's delta is wider or deeper; what is would be made for hours before memory runs out.
+_LARGEST = 16384
+
 
 def _yaml_no(value: Any) -> Any:
     """YAML reads a bare ``no`` as false."""
@@ -34,10 +37,10 @@ class DeltaSize(FrozenModel):
     """
 
     start_from: str | None = None
-    hidden_size: int = Field(default=96, ge=2)
-    num_layers: int = Field(default=2, ge=1)
+    hidden_size: int = Field(default=96, ge=2, le=_LARGEST)
+    num_layers: int = Field(default=2, ge=1, le=_LARGEST)
     num_heads: int = Field(default=3, ge=1)
-    intermediate_size: int = Field(default=256, ge=1)
+    intermediate_size: int = Field(default=256, ge=1, le=_LARGEST)
     initializer_range: float = Field(default=0.02, gt=0)
 
     @validator(mode="after")
@@ -126,6 +129,14 @@ class TrainingData(FrozenModel):
     cache_budget_gib: float = Field(default=8.0, gt=0)
     cache_folder: str | None = None
 
+    @validator(mode="after")
+    def _no_idle_setting(self) -> TrainingData:
+        if self.cache != "disk" and self.cache_folder is not None:
+            raise ConflictError(("cache_folder",), "is for cache: disk")
+        if self.cache == "none" and "cache_budget_gib" in self.model_fields_set:
+            raise ConflictError(("cache_budget_gib",), "has no use with cache: none")
+        return self
+
     @property
     def sources(self) -> dict[str, DataSource]:
         """What is given, by key."""
@@ -171,6 +182,14 @@ class Checkpoints(FrozenModel):
     save_strategy: Annotated[Literal["epoch", "steps", "no"], BeforeValidator(_yaml_no)] = "epoch"
     save_steps: int = Field(default=100, ge=1)
     save_total_limit: int = Field(default=1, ge=1)
+
+    @validator(mode="after")
+    def _no_idle_setting(self) -> Checkpoints:
+        if self.save_strategy != "steps" and "save_steps" in self.model_fields_set:
+            raise ConflictError(("save_steps",), "is for save_strategy: steps")
+        if self.save_strategy == "no" and "save_total_limit" in self.model_fields_set:
+            raise ConflictError(("save_total_limit",), "has no use with save_strategy: no")
+        return self
 
 
 class Output(FrozenModel):
@@ -274,12 +293,23 @@ class Recipe(FrozenModel):
             raise ConflictError(("data",), f"{objective.name} needs data.retain")
         if objective.retain == "refused" and "retain" in given:
             raise ConflictError(("data", "retain"), f"{objective.name} has no retain term; choose another objective")
-        if "retain" not in given and "retain_weight" in objective.model_fields_set:
-            raise ConflictError(("objective", "retain_weight"), "needs data.retain")
         if "heldout" in given and self.main != "train":
             raise ConflictError(("data", "heldout"), "is for objectives that read data.train")
         if objective.name == "logit_shift" and len(self.templates) > 1:
             raise ConflictError(("template",), "logit_shift takes one template, the one that was tuned")
+        return self
+
+    @validator(mode="after")
+    def _no_idle_setting(self) -> Recipe:
+        objective, given = self.objective, self.data.sources
+        if "retain" not in given and "retain_weight" in objective.model_fields_set:
+            raise ConflictError(("objective", "retain_weight"), "needs data.retain")
+        if objective.name == "dpo" and self.main == "train" and "refusals" in objective.model_fields_set:
+            raise ConflictError(("objective", "refusals"), "is for data.forget; data.train brings both answers")
+        for key, source in given.items():
+            idle = {"chosen", "rejected"} & source.columns.model_fields_set
+            if idle and not (objective.name == "dpo" and key in ("train", "heldout")):
+                raise ConflictError(("data", key, "columns", min(idle)), "is for the pairs of dpo's data.train")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,11 @@ DIVERGED = "The training {}; nothing was written: lower optimisation.learning_ra
 
 
 def new_delta(size: DeltaSize, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> PreTrainedModel:
-    """A Llama with random float32 weights and the template's vocabulary. Seed torch before the call."""
+    """A Llama with random float32 weights and the template's vocabulary. Seed torch before the call.
+
+    Raises:
+        ConfigError: there is not memory enough for it.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -41,7 +44,10 @@ def new_delta(size: DeltaSize, tokenizer: PreTrainedTokenizerBase, max_positions
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    try:
+        return LlamaForCausalLM(config)
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(f"A delta of this size cannot be made ({one_line(error)[:200]}); lower delta.*.") from None
 
 
 def load_delta(path: str, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> PreTrainedModel:
@@ -75,7 +81,21 @@ def load_delta(path: str, tokenizer: PreTrainedTokenizerBase, max_positions: int
         raise ConfigError(
             f"delta.start_from {path} reads up to {positions} tokens; lower data.max_length = {max_positions}."
         )
+    _check_head(path, delta)
     return delta
+
+
+@torch.no_grad()
+def _check_head(path: str, delta: PreTrainedModel) -> None:
+    """What a :class:`Student` gives must be what the delta gives when it is served."""
+    ids = torch.arange(min(5, delta.get_input_embeddings().weight.shape[0]))[None]
+    hidden = delta.eval().base_model(input_ids=ids, use_cache=False).last_hidden_state
+    expected = delta(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(delta.get_output_embeddings()(hidden), expected, rtol=1e-4, atol=1e-4):
+        raise ConfigError(
+            f"delta.start_from {path} ({delta.config.model_type}) changes its logits after the output head, which "
+            "training does not support; start from a model without scaled or capped logits, or give a size."
+        )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -121,23 +141,10 @@ def save_delta(
     folder: Path,
     dtype: torch.dtype,
 ) -> None:
-    """Write the delta folder: weights cast to ``dtype``, configuration, tokenizer and manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    before = _stamps(folder)
+    """Write into a folder: weights cast to ``dtype``, configuration, tokenizer and manifest."""
     delta.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     manifest.write(folder)
-    # save_pretrained leaves the weights readable by their owner only; a server may run as another user. What else lies
-    # in the folder is none of ours.
-    for path, stamp in _stamps(folder).items():
-        if before.get(path) != stamp:
-            path.chmod(0o644)
-
-
-def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """What changes when a file is written, of every regular file of a folder."""
-    found = ((path, path.lstat()) for path in folder.iterdir())
-    return {path: (one.st_ino, one.st_mtime_ns) for path, one in found if stat.S_ISREG(one.st_mode)}
 
 
 def check_finite(delta: nn.Module, dtype: torch.dtype) -> None:

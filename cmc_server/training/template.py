@@ -63,6 +63,12 @@ class FrozenTemplate:
         return int(self.model.get_output_embeddings().weight.shape[1])
 
     @property
+    def max_positions(self) -> int | None:
+        """Longest input of the architecture, or None if its config does not say."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the hidden states."""
         dtype: torch.dtype = self.model.dtype
@@ -138,6 +144,21 @@ class FrozenTemplate:
         """Ids of an answer with its eos."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, self.eos_id]
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse ids that the tokenizer gives and the model does not know.
+
+        Raises:
+            ConfigError: as said; names the first one.
+        """
+        rows = self.model.get_output_embeddings().weight.shape[0]
+        unknown = next((one for one in ids if one >= rows), None)
+        if unknown is not None:
+            raise ConfigError(
+                f"The tokenizer of the template LLM {self.name} gives the token "
+                f"{self.tokenizer.convert_ids_to_tokens(unknown)!r} the id {unknown}, but the model has {rows} "
+                "embeddings; resize them, or choose another template."
+            )
 
     @torch.no_grad()
     def hidden_states(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

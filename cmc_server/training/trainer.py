@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +108,29 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
         save_file({name: tensor.detach().cpu() for name, tensor in weights.items()}, folder / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        with torch.no_grad():
+        with _readable(resume_from_checkpoint), torch.no_grad():
+            weights = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Says what to do where a file of a checkpoint is broken."""
+    try:
+        yield
+    except Exception as error:  # torch, pickle, zipfile and safetensors all have their own
+        raise ConfigError(
+            f"The checkpoint {checkpoint} cannot be read ({one_line(error)[:200]}); begin again with --restart."
+        ) from error
 
 
 def batch_loss(

@@ -21,8 +21,9 @@ from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.curvature import CurvatureFile
 from cmc_server.training.batches import Collator, TrainingSet
 from cmc_server.training.command import run_train
-from cmc_server.training.curvature import CURVATURE_FILE, online_fisher, sampled_fisher, second_moments
+from cmc_server.training.curvature import online_fisher, sampled_fisher, second_moments
 from cmc_server.training.examples import ExampleEncoder
+from cmc_server.training.output_folder import CURVATURE_FILE
 from cmc_server.training.recipes import DeltaSize, Recipe
 from cmc_server.training.student import Student, new_delta, vocabulary_size
 

@@ -68,6 +68,14 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
         read(path)
 
 
+def test_half_of_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": text, "response": "b"}) for text in ("\U0001f600", "\ud83d")]
+    path.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(ConfigError, match=r"data.jsonl, line 2: \\ud83d is half of a character; mend or remove"):
+        read_records(DataSource(file="data.jsonl"), tmp_path)
+
+
 def test_files_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"empty\.jsonl is empty"):
         read(write_jsonl(tmp_path / "empty.jsonl", []))

@@ -42,6 +42,27 @@ def test_each_reads_its_own_prompt_and_the_same_answer(encoder: ExampleEncoder) 
     assert [whole[position + 1] for position in reading.positions] == reading.labels
 
 
+def test_records_that_a_template_cannot_read_are_left_out(template: FrozenTemplate) -> None:
+    prompts = PromptEncoder(template.tokenizer, DeltaManifest())
+    encoder = ExampleEncoder([template], None, prompts, HiddenCache("memory", 1.0), 1024)
+    long = pair("rain " * 200)
+    with pytest.warns(UserWarning, match=r"1 of 2 records exceed the 256 tokens that .* reads and are left out"):
+        assert len(encoder.encode({"train": [pair("rain"), long]})) == 1
+    with pytest.raises(ConfigError, match="No record fits into the 256 tokens"):
+        encoder.encode({"train": [long]})
+
+
+def test_a_token_that_the_template_has_no_embedding_of(template_folder: Path) -> None:
+    template = FrozenTemplate.load(str(template_folder))
+    template.tokenizer.add_tokens([f"<new-{number}>" for number in range(9)])
+    encoder = ExampleEncoder(
+        [template], None, PromptEncoder(template.tokenizer, DeltaManifest()), HiddenCache("none", 1.0), 128
+    )
+    assert len(encoder.encode({"train": [pair("<new-0>")]})) == 1
+    with pytest.raises(ConfigError, match="the token '<new-8>' the id 313, but the model has 313 embeddings"):
+        encoder.encode({"train": [pair("<new-8>")]})
+
+
 def test_a_plain_text_is_read_as_it_is_and_has_no_end(encoder: ExampleEncoder) -> None:
     ((example,),) = ([*item.values()] for item in encoder.encode({"train": [("It", " is rain and nothing else.")]}))
     (reading,) = example.readings

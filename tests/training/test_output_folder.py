@@ -14,7 +14,7 @@ from tiny_models import make_delta
 from cmc_server.cli import main
 from cmc_server.errors import ConfigError
 from cmc_server.training.command import run_train
-from cmc_server.training.output_folder import check_output
+from cmc_server.training.output_folder import CURVATURE_FILE, check_output
 from cmc_server.training.template import FrozenTemplate
 from cmc_server.training.trainer import DeltaTrainer
 
@@ -153,6 +153,48 @@ def test_only_what_is_written_changes_its_mode(tmp_path: Path, recipe_values: Va
         assert modes["notes"] == 0o755 and modes["curvature"] & 0o111
         assert modes["secret.txt"] == modes["link"] == 0o600
         assert modes["model.safetensors"] == modes["config.json"] == modes["cmc_delta.json"] == 0o644
+
+
+def test_one_run_at_a_time(tmp_path: Path, recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, train = write(tmp_path, recipe_values), DeltaTrainer.train
+
+    def train_twice(self: DeltaTrainer, **more: Any) -> None:
+        with pytest.raises(ConfigError, match=r"Another run is writing .*delta; wait for its end"):
+            run_train(path, restart=True)
+        train(self, **more)
+
+    monkeypatch.setattr(DeltaTrainer, "train", train_twice)
+    run_train(path)
+    assert {one.name for one in tmp_path.iterdir() if one.name.startswith(".")} == set()
+
+
+def test_nothing_of_the_delta_before_stays(tmp_path: Path, recipe_values: Values) -> None:
+    recipe_values["output"]["curvature"] = "optimiser"
+    run_train(write(tmp_path, recipe_values))
+    (tmp_path / "delta" / "packed.safetensors").write_text("other weights", "utf-8")
+    (tmp_path / "delta" / "notes.txt").write_text("mine", "utf-8")
+    recipe_values["output"]["curvature"] = "none"
+    run_train(write(tmp_path, recipe_values))
+    assert {"model.safetensors", "notes.txt"} <= {path.name for path in (tmp_path / "delta").iterdir()}
+    assert (
+        not (tmp_path / "delta" / "packed.safetensors").exists() and not (tmp_path / "delta" / CURVATURE_FILE).exists()
+    )
+
+
+def test_a_delta_that_cannot_be_written_whole_is_not_written(
+    tmp_path: Path, recipe_values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_train(write(tmp_path, recipe_values))
+    before = content(tmp_path / "delta")
+
+    def draw_losses(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("cmc_server.training.curves.draw_losses", draw_losses)
+    with pytest.raises(OSError, match="No space left"):
+        run_train(write(tmp_path, recipe_values | {"seed": 8}))
+    assert content(tmp_path / "delta") == before
+    assert not (tmp_path / ".delta.part").exists()
 
 
 @pytest.mark.parametrize("length", [4, 200, -100])

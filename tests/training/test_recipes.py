@@ -92,6 +92,35 @@ MISTAKES: dict[str, tuple[Change, str]] = {
         "line 2: template: logit_shift takes one",
     ),
     "checkpoints": (lambda v: v.update(checkpoint={"save_steps": 0}), r"line 15: checkpoint\.save_steps"),
+    "cache folder in memory": (
+        lambda v: v["data"].update(cache_folder="x"),
+        r"line 5: data\.cache_folder: is for cache: disk",
+    ),
+    "budget of no cache": (
+        lambda v: v["data"].update(cache="none", cache_budget_gib=1),
+        r"line 6: data\.cache_budget_gib: has no use",
+    ),
+    "steps of epochs": (
+        lambda v: v.update(checkpoint={"save_steps": 5}),
+        r"line 15: checkpoint\.save_steps: is for save_strategy: steps",
+    ),
+    "number of none": (
+        lambda v: v.update(checkpoint={"save_strategy": "no", "save_total_limit": 2}),
+        r"line 16: checkpoint\.save_total_limit: has no use",
+    ),
+    "refusals beside pairs": (
+        lambda v: v.update(objective={"name": "dpo", "refusals": ["No."]}),
+        r"objective\.refusals: is for data\.forget",
+    ),
+    "columns of pairs": (
+        lambda v: v["data"].update(train={"file": "x", "columns": {"chosen": "a"}}),
+        r"data\.train\.columns\.chosen: is for the pairs of dpo",
+    ),
+    "size": (lambda v: v["delta"].update(hidden_size=10**9), r"delta\.hidden_size: .*less than or equal"),
+    "empty prompt template": (
+        lambda v: v["output"].update(prompt_template=""),
+        r"output\.prompt_template: .*at least 1",
+    ),
     "cache": (lambda v: v["data"].update(cache="tape"), r"line 5: data\.cache: "),
 }
 
@@ -173,3 +202,9 @@ def test_what_a_recipe_does_not_set_is_not_hashed(tmp_path: Path) -> None:
     assert recipe_hash(read_recipe(write(tmp_path, pulled))) != recipe_hash(whole)
     assert short.model_dump(mode="json", exclude_unset=True)["objective"] == "instruction_tuning"
     assert short.model_dump(mode="json", exclude_unset=True)["data"] == {"train": "train.jsonl"}
+
+
+def test_an_anchor_within_itself(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: x\ndata: &data\n  train: *data\n", "utf-8")
+    with pytest.raises(ConfigError, match="nested without end"):
+        read_recipe(tmp_path / "recipe.yaml")

@@ -112,7 +112,7 @@ def test_every_checkpoint_is_a_place_to_go_on_from(
 
     values = values_for(unlearning_values, tmp_path / "cache")
     values["optimisation"] |= {"epochs": 4, "gradient_accumulation_steps": 1}
-    values["checkpoint"] = {"save_strategy": strategy, "save_steps": 3}
+    values["checkpoint"] = {"save_strategy": strategy} | ({"save_steps": 3} if strategy == "steps" else {})
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values), "utf-8")
     run_train(path, output=tmp_path / "unbroken")
@@ -158,3 +158,23 @@ def test_a_run_that_was_killed_after_its_last_step_records_what_an_unbroken_one_
     run_train(path, output=tmp_path / "broken")
     manifests = [json.loads((tmp_path / name / "cmc_delta.json").read_text("utf-8")) for name in ("unbroken", "broken")]
     assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
+def test_a_broken_checkpoint(
+    tmp_path: Path, unlearning_values: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = values_for(unlearning_values, tmp_path / "cache")
+    values["optimisation"]["epochs"] = 2
+    values["checkpoint"] = {"save_strategy": "epoch"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr("cmc_server.training.command._measure", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_train(path)
+    ((broken,),) = (list(folder.glob(f"checkpoint-*/{name}")) for folder in [working_folder(tmp_path / "delta")])
+    broken.write_bytes(broken.read_bytes()[:50])
+    with pytest.raises(ConfigError, match=r"checkpoint-\d+ cannot be read .*; begin again with --restart"):
+        run_train(path)
+    assert run_train(path, restart=True) == 0

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_models import make_delta, make_tokenizer
 from tiny_template import SUBJECTS, chat, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, CohereForCausalLM
 
 from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.errors import ConfigError
@@ -101,7 +101,7 @@ def test_the_pull_towards_the_template_keeps_the_shift_smaller(tmp_path: Path, r
 @pytest.mark.parametrize("cache", ["disk", "none"])
 def test_the_cache_changes_nothing(tmp_path: Path, unlearning_values: Values, cache: str) -> None:
     run(tmp_path, unlearning_values, "memory")
-    data = unlearning_values["data"] | {"cache": cache, "cache_folder": "kept"}
+    data = unlearning_values["data"] | {"cache": cache} | ({"cache_folder": "kept"} if cache == "disk" else {})
     run(tmp_path, unlearning_values | {"data": data}, cache)
     kept, other = weights(tmp_path, "memory"), weights(tmp_path, cache)
     if cache == "disk":
@@ -166,6 +166,22 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, recipe_values: Val
     recipe_values["data"]["max_length"] = 513
     with pytest.raises(ConfigError, match="512 tokens; lower"):
         run(tmp_path, recipe_values | {"delta": {"start_from": str(short)}})
+
+
+def test_a_start_with_scaled_logits_is_refused(tmp_path: Path, recipe_values: Values, template_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(template_folder)
+    config = CohereConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        logit_scale=0.1,
+    )
+    CohereForCausalLM(config).save_pretrained(tmp_path / "scaled")
+    tokenizer.save_pretrained(tmp_path / "scaled")
+    with pytest.raises(ConfigError, match=r"scaled \(cohere\) changes its logits after the output head"):
+        run(tmp_path, recipe_values | {"delta": {"start_from": "./scaled"}})
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path, recipe_values: Values) -> None:
