@@ -33,7 +33,7 @@ from cmc_server.evaluation.suites import (
     tofu_suite,
 )
 from cmc_server.evaluation.sweep import UNLEARNING, write_advised_range
-from cmc_server.evaluation.tofu import FORGET, SetScores
+from cmc_server.evaluation.tofu import FORGET, SetScores, check_questions, questions_hash
 from cmc_server.evaluation.tofu_data import TofuItem, read_tofu
 from cmc_server.fusion.scoring import FusedLM
 
@@ -87,6 +87,8 @@ def evaluate(options: EvalOptions, user: FusedLM | None = None) -> dict[str, Any
         UserError: an input cannot be used, or the output folder cannot be written.
     """
     inputs = _read(options)
+    for sentence in options.idle:
+        sys.stderr.write(f"cmc-server: warning: {sentence}\n")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,10 +129,14 @@ def _read(options: EvalOptions) -> _Inputs:
             "The sweep's effect is the likelihood of reference answers; give --prompts with an answer to every prompt, "
             "or choose --effect length or --effect forget."
         )
+    tofu = read_tofu(options.tofu, options.forget, options.limit) if needs_tofu else {}
+    retain_only = None if options.retain_only is None else read_forget_scores(options.retain_only, options.user)
+    if retain_only is not None:
+        check_questions(questions_hash([item.question for item in tofu[FORGET]]), retain_only)
     return _Inputs(
         artifacts=artifacts,
-        tofu=read_tofu(options.tofu, options.forget, options.limit) if needs_tofu else {},
-        retain_only=None if options.retain_only is None else read_forget_scores(options.retain_only, options.user),
+        tofu=tofu,
+        retain_only=retain_only,
         texts=read_tasks(NEUTRAL_TEXTS, options.limit),
         tasks=tasks,
         effect=effect,

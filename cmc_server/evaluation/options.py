@@ -18,6 +18,17 @@ SUITES = ("tofu", "sweep", "retained", "alpaca", "coverage", "shift")
 #: What runs if nothing is chosen: all that needs no further files.
 DEFAULT_SUITES = ("retained", "alpaca", "coverage")
 DEFAULT_STRENGTHS = (0.0, 0.5, 1.0, 1.5)
+#: The suites that heed a setting, of those settings that not every suite heeds.
+_HEEDED_BY = {
+    "prompts": ("alpaca", "sweep", "coverage", "shift"),
+    "tofu": ("tofu", "sweep"),
+    "forget": ("tofu", "sweep"),
+    "effect": ("sweep",),
+    "max_loss": ("sweep",),
+    "tuned": ("shift",),
+    "other": ("shift",),
+    "max_tokens": ("alpaca", "sweep", "shift"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,15 @@ class EvalOptions:
             return [0.0]
         own = self.deltas[0].strength
         return [0.0, *sorted({*(self.strengths or (DEFAULT_STRENGTHS if own is None else (own,)))} - {0.0})]
+
+    @property
+    def idle(self) -> list[str]:
+        """A sentence for each setting that was changed and that no chosen suite heeds."""
+        return [
+            f"--{name.replace('_', '-')} changes nothing, since it is for --suite {' or '.join(suites)}."
+            for name, suites in _HEEDED_BY.items()
+            if getattr(self, name) != getattr(EvalOptions, name) and not set(suites) & set(self.suites)
+        ]
 
     @property
     def prompts_file(self) -> Path:

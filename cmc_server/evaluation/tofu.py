@@ -140,11 +140,7 @@ def forget_quality(unlearned: SetScores, retain_only: SetScores) -> dict[str, Ks
     Raises:
         ConfigError: both are one and the same evaluation, whose p-value is trivially 1, or of different questions.
     """
-    if unlearned.questions != retain_only.questions:
-        raise ConfigError(
-            "The retain-only results are about other questions; run both evaluations with the same --tofu, --forget "
-            "and --limit."
-        )
+    check_questions(unlearned.questions, retain_only)
     if ratios_hash(unlearned) == ratios_hash(retain_only):
         raise ConfigError(
             "The retain-only results hold the very numbers of the model under evaluation; comparing a run with itself "
@@ -152,6 +148,23 @@ def forget_quality(unlearned: SetScores, retain_only: SetScores) -> dict[str, Ks
             "forget set."
         )
     return {kind: ks_test(getattr(unlearned, kind), getattr(retain_only, kind)) for kind in TRUTH_RATIOS}
+
+
+def check_questions(questions: str, retain_only: SetScores) -> None:
+    """Refuse results of a retain-only model that are about other questions.
+
+    Args:
+        questions: hash of those that are asked.
+        retain_only: as for :func:`forget_quality`.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if questions != retain_only.questions:
+        raise ConfigError(
+            "The retain-only results are about other questions; run both evaluations with the same --tofu, --forget "
+            "and --limit."
+        )
 
 
 def ratios_hash(scores: SetScores) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -117,7 +118,7 @@ class FusedLM:
         vocabulary = read_vocabulary(tokenizer, read_generation_config(path))
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = one_line(error)[:300]
             raise ConfigError(f"The user LLM {path} cannot be loaded: {reason}.") from error
         bare = cls(SplitModel(model.to(device), f"The user LLM {path}"), tokenizer, vocabulary, {}, dtype)

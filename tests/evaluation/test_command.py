@@ -160,6 +160,8 @@ def test_forget_quality_against_a_retain_only_model(
     assert "forget quality (p), geometric" in (tmp_path / "a" / "report.html").read_text("utf-8")
 
     capsys.readouterr()
+    assert run(lab, tmp_path / "fewer", *tofu, "--limit", 1, "--retain-only", file) == 2
+    assert "about other questions" in capsys.readouterr().err and not (tmp_path / "fewer").exists()
     assert run(lab, tmp_path / "b", *tofu, "--retain-only", tmp_path / "a" / "results.json") == 2
     assert "same user LLM" in capsys.readouterr().err
     assert run(lab, retain_only, *tofu, "--retain-only", file) == 2
@@ -251,6 +253,25 @@ def test_mistakes(lab: Lab, tmp_path: Path, sentence: str, capsys: pytest.Captur
     assert printed.out == ""
     assert sentence in printed.err
     assert printed.err.startswith("cmc-server: ") and len(printed.err.strip().splitlines()) == 1
+
+
+def test_settings_that_change_nothing_are_told(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--suite", "retained", "--limit", 2, "--strengths", 1, "--effect", "length", "--forget", "forget05"]
+    assert run(lab, tmp_path, *words) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning: --" in line]
+    assert said == [
+        "cmc-server: warning: --forget changes nothing, since it is for --suite tofu or sweep.",
+        "cmc-server: warning: --effect changes nothing, since it is for --suite sweep.",
+        "cmc-server: warning: --max-tokens changes nothing, since it is for --suite alpaca or sweep or shift.",
+    ]
+
+
+def test_weights_of_the_user_llm_that_are_cut(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(lab.user, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert main(["eval", str(tmp_path / "cut"), "--suite", "retained", "-o", str(tmp_path / "out")]) == 2
+    assert "cut cannot be loaded" in capsys.readouterr().err
 
 
 def test_mistakes_about_the_user_llm(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
