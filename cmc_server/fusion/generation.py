@@ -62,8 +62,14 @@ def decode_greedily(
         One response per request, with the token that ended it.
 
     Raises:
+        ConfigError: a prompt is longer than the user LLM reads.
         DeltaRuntimeError: a delta failed.
     """
+    model.check_length(max((len(request.ids) for request in requests), default=0))
+    room = [
+        max_tokens if model.max_positions is None else min(max_tokens, model.max_positions + 1 - len(request.ids))
+        for request in requests
+    ]
     answers: list[list[int]] = [[] for _ in requests]
     rows = list(range(len(requests)))  # the request in each row of the batch
     running = rows if max_tokens > 0 else []
@@ -81,7 +87,7 @@ def decode_greedily(
             feeder.append(tokens)
             for row, one in places:
                 answers[one].append(tokens[row])
-            running = [one for one in running if len(answers[one]) < max_tokens and not has_ended(answers[one])]
+            running = [one for one in running if len(answers[one]) < room[one] and not has_ended(answers[one])]
             for one in running:
                 if requests[one].steering:
                     controller.advance(one, answers[one][-1:])
@@ -109,7 +115,8 @@ class _Feeder:
 
     def logits(self) -> Tensor:
         """[B, U] float32 after the last token of every row."""
-        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -self._ids.shape[1] :]
+        last = None if self._model.max_positions is None else self._model.max_positions - 1  # for rows that have ended
+        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0, max=last)[:, -self._ids.shape[1] :]
         output = self._model.model.base_model(
             input_ids=self._ids,
             attention_mask=self._mask,

@@ -64,9 +64,25 @@ class SplitModel:
         config = model.config.get_text_config()
         self._factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        positions = getattr(config, "max_position_embeddings", None)
+        #: Longest input of the architecture; None if its config does not say.
+        self.max_positions: int | None = positions if isinstance(positions, int) else None
+        self._name = name
         self.num_logits = int(self._head.weight.shape[0])
         self.num_inputs = int(model.get_input_embeddings().weight.shape[0])
         self._check(name)
+
+    def check_length(self, length: int) -> None:
+        """Refuse an input that the model was not made for: it would fail, or give anything.
+
+        Raises:
+            ConfigError: it is longer than the config allows.
+        """
+        if self.max_positions is not None and length > self.max_positions:
+            raise ConfigError(
+                f"An input of {length} tokens is longer than the {self.max_positions} that {self._name} reads; shorten "
+                "or leave out the longest texts."
+            )
 
     @torch.inference_mode()
     def states(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -77,7 +93,11 @@ class SplitModel:
 
         Returns:
             For each row [len(positions), H] in the model's type, on its device.
+
+        Raises:
+            ConfigError: a row is longer than the model reads.
         """
+        self.check_length(max((len(row.ids) for row in rows), default=0))
         keys = [(tuple(row.ids), tuple(row.positions)) for row in rows]
         # A dictionary of rows to read also reads a row once that is asked for twice.
         found = {key: self._kept[key] for key in keys if key in self._kept}
@@ -113,7 +133,7 @@ class SplitModel:
 
     @torch.inference_mode()
     def _check(self, name: str) -> None:
-        ids = [(7 * position + 1) % self.num_inputs for position in range(5)]
+        ids = [(7 * position + 1) % self.num_inputs for position in range(min(5, self.max_positions or 5))]
         expected = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
         actual = self.logits(self.states([Row(ids, range(len(ids)))])[0])
         tolerance = 1e-4 if expected.dtype == torch.float32 else 0.05

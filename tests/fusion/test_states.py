@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from cmc_server.errors import ConfigError
+from cmc_server.fusion.controller import DeltaController
+from cmc_server.fusion.generation import GreedyRequest, decode_greedily
 from cmc_server.fusion.states import Row, SplitModel, similar_lengths
 
 HIDDEN = 16
@@ -74,3 +77,29 @@ def test_similar_lengths(lengths: list[int], max_tokens: int, least_filled: floa
         assert min(lengths[index] for index in batch) >= least_filled * longest
     order = [lengths[index] for batch in batches for index in batch]
     assert order == sorted(order, reverse=True)
+
+
+def test_what_is_longer_than_the_model_reads_is_refused(model: LlamaForCausalLM) -> None:
+    model.config.max_position_embeddings = 4
+    split = SplitModel(model, "The user LLM x")
+    assert len(split.states(rows(5))) == 1
+    with pytest.raises(ConfigError, match="An input of 5 tokens is longer than the 4 that The user LLM x reads"):
+        split.states([*rows(5), Row([1, 2, 3, 4, 5], [4])])
+
+
+def test_answers_end_where_the_model_reads_no_further() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=6, n_embd=16, n_layer=1, n_head=2)).eval()
+    split, controller = SplitModel(model, "x"), DeltaController()
+    requests = [GreedyRequest([1, 2, 3, 4, 5]), GreedyRequest([1, 2]), GreedyRequest([1, 2, 3]), GreedyRequest([4])]
+
+    def answers(some: list[GreedyRequest]) -> list[list[int]]:
+        return decode_greedily(
+            split, controller, some, unmapped="zero", max_tokens=9, has_ended=lambda answer: len(answer) == 0
+        )
+
+    found = answers(requests)
+    assert [len(answer) for answer in found] == [2, 5, 4, 6]
+    assert found == [answer for request in requests for answer in answers([request])]
+    with pytest.raises(ConfigError, match="An input of 7 tokens"):
+        answers([GreedyRequest([1] * 7)])
