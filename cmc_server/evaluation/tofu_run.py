@@ -44,9 +44,10 @@ def run_tofu(measurement: Measurement, sets: Mapping[str, Sequence[TofuItem]], s
         ConfigError: a question alone is longer than :data:`MAX_TOTAL_TOKENS`.
     """
     scores, answers = {}, {}
+    room = {name: _room(measurement, items) for name, items in sets.items()}
     for name, items in sets.items():
         losses = set_losses(measurement, items, strength, f"TOFU {name}")
-        answers[name] = _answers(measurement, items, strength, f"TOFU {name}, answers")
+        answers[name] = _answers(measurement, items, room[name], strength, f"TOFU {name}, answers")
         scores[name] = SetScores(
             name=name,
             questions=questions_hash([item.question for item in items]),
@@ -81,16 +82,22 @@ def mean_loss(log_probs: Tensor) -> float:
     return -float(log_probs.double().mean())
 
 
-def _answers(measurement: Measurement, items: Sequence[TofuItem], strength: float, label: str) -> list[str]:
-    prompts = [chat(item.question) for item in items]
-    room = [MAX_TOTAL_TOKENS - len(measurement.model.encode_prompt(prompt)) for prompt in prompts]
+def _room(measurement: Measurement, items: Sequence[TofuItem]) -> list[int]:
+    """How many tokens the answer to each question may have."""
+    room = [MAX_TOTAL_TOKENS - len(measurement.model.encode_prompt(chat(item.question))) for item in items]
     if min(room) < 1:
         question = items[room.index(min(room))].question
         raise ConfigError(
             f"A question leaves no room for an answer within {MAX_TOTAL_TOKENS} tokens: {question[:80]!r}."
         )
+    return room
+
+
+def _answers(
+    measurement: Measurement, items: Sequence[TofuItem], room: Sequence[int], strength: float, label: str
+) -> list[str]:
     # One call, bounded by the shortest prompt; what goes beyond a longer prompt's own room is cut afterwards.
-    answers = measurement.answers(prompts, strength, max(room), label)
+    answers = measurement.answers([chat(item.question) for item in items], strength, max(room), label)
     return [_cut(measurement, answer, tokens) for answer, tokens in zip(answers, room, strict=True)]
 
 
