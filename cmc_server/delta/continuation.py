@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from cmc_server.errors import MapError
 from cmc_server.vocab.surface import Vocabulary
 
 # No text holds this (a noncharacter and what nobody can guess), so a special token renamed with it is found in none.
@@ -43,6 +44,9 @@ def read_continuation(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
     Args:
         tokenizer: a fast tokenizer; it is not changed.
         vocabulary: its vocabulary, which says what is special.
+
+    Raises:
+        MapError: an added token has another id when the tokenizer is built from what it says of itself.
     """
     spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {str(vocabulary.contents[token_id]) for token_id in vocabulary.special_ids}
@@ -56,7 +60,13 @@ def read_continuation(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
     _hide_special(model, special)
     edges = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     built = Tokenizer.from_str(json.dumps(spec))
-    assert all(built.token_to_id(token["content"]) == token["id"] for token in spec["added_tokens"])
+    moved = [token for token in spec["added_tokens"] if built.token_to_id(token["content"]) != token["id"]]
+    if moved:
+        content = moved[0]["content"].removeprefix(_UNSPEAKABLE)
+        raise MapError(
+            f"The tokenizer {tokenizer.name_or_path} does not keep the id {moved[0]['id']} of its added token "
+            f"{content!r} when it is built again, so that texts cannot be spelled in it; save it with its own library."
+        )
     return Continuation(
         built,
         splits_inside=model["type"] in ("BPE", "Unigram") and not edges,

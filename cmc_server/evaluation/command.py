@@ -167,8 +167,7 @@ def _measurement(options: EvalOptions, model: FusedLM, artifacts: Sequence[Delta
     def strengths(strength: float) -> Mapping[str, float]:
         return own | {artifacts[0].name: strength} if artifacts else own
 
-    preserve = any(artifact.manifest.unmapped == "preserve" for artifact in artifacts)
-    return Measurement(model, strengths, "preserve" if preserve else "zero", options.batch_size)
+    return Measurement(model, strengths, batch_size=options.batch_size)
 
 
 def _measure(

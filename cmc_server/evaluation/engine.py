@@ -34,18 +34,23 @@ class SteeredModel(Protocol):
         """User token ids of what follows a prompt, without eos."""
 
     def score_batch(
-        self, pairs: Sequence[Pair], deltas: Mapping[str, float], *, unmapped: Unmapped = "zero"
+        self, pairs: Sequence[Pair], deltas: Mapping[str, float], *, unmapped: Unmapped | None = None
     ) -> list[Tensor]:
         """For each prompt with its continuation, [n] float32 log-probabilities of the continuation's n user tokens.
 
         Args:
             pairs: a prompt (plain text, user token ids or a chat) and what follows it (text or user token ids).
             deltas: name to strength.
-            unmapped: policy for tokens outside the maps.
+            unmapped: policy for tokens outside the maps; None lets the manifests decide.
         """
 
     def generate(
-        self, prompts: Sequence[Prompt], deltas: Mapping[str, float], *, max_tokens: int, unmapped: Unmapped = "zero"
+        self,
+        prompts: Sequence[Prompt],
+        deltas: Mapping[str, float],
+        *,
+        max_tokens: int,
+        unmapped: Unmapped | None = None,
     ) -> list[str]:
         """Greedy answers of at most ``max_tokens`` user tokens, without the end token."""
 
@@ -57,14 +62,14 @@ class Measurement:
     Args:
         model: the user LLM with its deltas.
         strengths: from the strength under study to a strength for each delta.
-        unmapped: policy for tokens outside the maps.
+        unmapped: policy for tokens outside the maps; None lets the manifests decide.
         batch_size: sequences per call.
         quiet: no progress bars.
     """
 
     model: SteeredModel
     strengths: Callable[[float], Mapping[str, float]]
-    unmapped: Unmapped = "zero"
+    unmapped: Unmapped | None = None
     batch_size: int = 32
     quiet: bool = False
 

@@ -42,7 +42,7 @@ class FusedHarnessModel(TemplateLM):  # type: ignore[misc]
         user: folder or hub id of the user LLM.
         delta: ``NAME=PATH`` or ``NAME=PATH@STRENGTH``, several with ``;`` between them or as a list; without a
             strength the manifest's is taken. None is the user LLM alone.
-        unmapped: policy for tokens outside the maps.
+        unmapped: policy for tokens outside the maps; None lets the manifests decide.
         dtype: computing type of all models.
         device: where they run; the harness itself asks for the first GPU, which is the CPU where there is none.
         max_length: longest input of the user LLM; None is what its config says. Longer contexts lose their beginning.
@@ -59,7 +59,7 @@ class FusedHarnessModel(TemplateLM):  # type: ignore[misc]
         self,
         user: str,
         delta: str | Sequence[str] | None = None,
-        unmapped: Unmapped = "zero",
+        unmapped: Unmapped | None = None,
         dtype: DType = "float32",
         device: str | None = None,
         max_length: int | None = None,
@@ -68,7 +68,7 @@ class FusedHarnessModel(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         for name, value, known in (("unmapped", unmapped, get_args(Unmapped)), ("dtype", dtype, get_args(DType))):
-            if value not in known:
+            if value not in known and not (name == "unmapped" and value is None):
                 raise ConfigError(f"{name} is {value!r} and must be one of {', '.join(known)}.")
         parts = delta.split(";") if isinstance(delta, str) else list(delta or ())
         sources = [DeltaSource.parse(part) for part in parts if part]
@@ -80,7 +80,7 @@ class FusedHarnessModel(TemplateLM):  # type: ignore[misc]
         )
         given = {source.name: source.strength for source in sources if source.strength is not None}
         self.strengths = {**self.fused.default_strengths, **given}
-        self.unmapped: Unmapped = unmapped
+        self.unmapped: Unmapped | None = unmapped
         self.tokenizer = self.fused.tokenizer
         config = self.fused.model.model.config.get_text_config()
         self.max_length: int = max_length or getattr(config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH

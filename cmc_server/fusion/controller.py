@@ -33,7 +33,7 @@ from cmc_server.fusion.counts import DeltaCounts, TopWatch
 from cmc_server.fusion.exchange import Exchange, anywhere
 from cmc_server.fusion.loaded import LoadedDelta
 from cmc_server.fusion.passes import DeltaPasses
-from cmc_server.fusion.rule import end_rows_, fuse_, fuse_by_copy_
+from cmc_server.fusion.rule import common_policy, end_rows_, fuse_, fuse_by_copy_
 from cmc_server.fusion.side_stream import SideStream
 from cmc_server.fusion.streams import (
     Ahead,
@@ -160,8 +160,8 @@ class DeltaController:
                 request.streams.append(self._open(prompt, one))
             except Exception as error:  # any cause must end the request, never the engine
                 self._fail(request, f"delta {one.name!r} could not be started: {error}", one.name)
-        policies = [stream.delta.artifact.manifest.unmapped for stream in request.streams]
-        request.unmapped = unmapped or ("preserve" if "preserve" in policies else "zero")
+        own = (stream.delta.artifact.manifest.unmapped for stream in request.streams)
+        request.unmapped = unmapped or common_policy(own)
 
     def advance(self, slot: int, token_ids: Sequence[int]) -> None:
         """Append response tokens to a request."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,10 @@ class UserEncoder:
         return ids
 
     def _known(self, ids: Sequence[Any]) -> list[int]:
-        given = [int(token) for token in ids]
+        try:
+            given = [index(token) for token in ids]
+        except TypeError:
+            raise ConfigError("Token ids are whole numbers; give these, or a text.") from None
         wrong = next((token for token in given if not 0 <= token < self._num_ids), None)
         if wrong is not None:
             raise ConfigError(f"Token id {wrong} does not exist; the user LLM has the ids 0 to {self._num_ids - 1}.")

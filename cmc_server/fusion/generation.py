@@ -44,7 +44,7 @@ def decode_greedily(
     controller: DeltaController,
     requests: Sequence[GreedyRequest],
     *,
-    unmapped: Unmapped,
+    unmapped: Unmapped | None,
     max_tokens: int,
     has_ended: Callable[[Sequence[int]], bool],
 ) -> list[list[int]]:
@@ -54,7 +54,7 @@ def decode_greedily(
         model: the user LLM.
         controller: with every delta that is named loaded, for at least as many rows.
         requests: the prompts; padded on the left to one length.
-        unmapped: policy for tokens outside the maps.
+        unmapped: policy for tokens outside the maps; None lets the manifests decide.
         max_tokens: longest answer.
         has_ended: asked after each token of an answer, with the answer so far.
 
@@ -99,6 +99,11 @@ def decode_greedily(
         for slot in range(len(requests)):
             controller.release(slot)
     return answers
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the stop texts."""
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
 
 
 class _Feeder:

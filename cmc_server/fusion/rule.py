@@ -13,7 +13,7 @@ Shapes: R rows, U user logits (columns), D_k delta logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,11 @@ class Shift:
     delta_logits: Tensor
     delta_ids: Tensor | None
     strength: float | Tensor
+
+
+def common_policy(policies: Iterable[Unmapped | None]) -> Unmapped:
+    """The policy of deltas that act together where the request leaves it to their manifests."""
+    return "preserve" if "preserve" in policies else "zero"
 
 
 def fuse(logits: Tensor, shifts: Sequence[Shift], unmapped: Unmapped = "zero") -> Tensor:

@@ -26,9 +26,9 @@ from cmc_server.delta.capacity import VALUE_BYTES, memory_needed
 from cmc_server.errors import ConfigError, one_line
 from cmc_server.fusion.controller import DeltaController
 from cmc_server.fusion.encoding import Chat, Prompt, UserEncoder
-from cmc_server.fusion.generation import ChosenDelta, GreedyRequest, decode_greedily
+from cmc_server.fusion.generation import ChosenDelta, GreedyRequest, decode_greedily, until
 from cmc_server.fusion.loaded import load_delta
-from cmc_server.fusion.rule import Shift, fuse_
+from cmc_server.fusion.rule import Shift, common_policy, fuse_
 from cmc_server.fusion.scoring_delta import ScoringDelta, load_scoring_delta
 from cmc_server.fusion.states import Row, SplitModel
 from cmc_server.vocab.surface import Vocabulary, load_tokenizer, read_generation_config, read_vocabulary
@@ -170,7 +170,7 @@ class FusedLM:
         continuation: str | Sequence[int],
         deltas: Mapping[str, float],
         *,
-        unmapped: Unmapped = "zero",
+        unmapped: Unmapped | None = None,
     ) -> Tensor:
         """Fused log-probability of each user token of one continuation; see :meth:`score_batch`.
 
@@ -180,7 +180,7 @@ class FusedLM:
         return self.score_batch([(prompt, continuation)], deltas, unmapped=unmapped)[0]
 
     def score_batch(
-        self, pairs: Sequence[Pair], deltas: Mapping[str, float], *, unmapped: Unmapped = "zero"
+        self, pairs: Sequence[Pair], deltas: Mapping[str, float], *, unmapped: Unmapped | None = None
     ) -> list[Tensor]:
         """Fused log-probabilities of many continuations.
 
@@ -189,7 +189,7 @@ class FusedLM:
                 its own chat template and each delta in its own. A text continuation is encoded as the tokens that
                 follow the prompt, with nothing added.
             deltas: name to strength; those at 0 are left out, and without any the user LLM is scored alone.
-            unmapped: policy for tokens outside the maps.
+            unmapped: policy for tokens outside the maps; None lets the manifests decide.
 
         Returns:
             For each pair [n] float32, on the CPU, in nats: one figure per user token of the continuation.
@@ -201,7 +201,7 @@ class FusedLM:
         return [scores.log_probs for scores in self.token_scores(pairs, deltas, unmapped=unmapped)]
 
     def token_scores(
-        self, pairs: Sequence[Pair], deltas: Mapping[str, float], *, unmapped: Unmapped = "zero"
+        self, pairs: Sequence[Pair], deltas: Mapping[str, float], *, unmapped: Unmapped | None = None
     ) -> list[TokenScores]:
         """As :meth:`score_batch`, and whether each token is what greedy decoding would have chosen there."""
         strengths = self._active(deltas, unmapped)
@@ -220,7 +220,7 @@ class FusedLM:
         max_tokens: int,
         stop_ids: Sequence[int] | None = None,
         stop: Sequence[str] = (),
-        unmapped: Unmapped = "zero",
+        unmapped: Unmapped | None = None,
     ) -> list[str]:
         """Greedy answers, batched.
 
@@ -230,7 +230,7 @@ class FusedLM:
             max_tokens: longest answer in user tokens.
             stop_ids: user tokens that end an answer; None means every end that the user LLM has.
             stop: texts that end an answer.
-            unmapped: policy for tokens outside the maps.
+            unmapped: policy for tokens outside the maps; None lets the manifests decide.
 
         Returns:
             The answers without special tokens, up to the first of the ``stop`` texts.
@@ -256,10 +256,10 @@ class FusedLM:
             )
             for index, answer in zip(batch, answers, strict=True):
                 ended = bool(answer) and answer[-1] in ends
-                texts[index] = _cut(self._decode(answer[:-1] if ended else answer), stop)
+                texts[index] = until(self._decode(answer[:-1] if ended else answer), stop)
         return [texts[index] for index in range(len(prompts))]
 
-    def _active(self, deltas: Mapping[str, float], unmapped: Unmapped) -> dict[str, float]:
+    def _active(self, deltas: Mapping[str, float], unmapped: Unmapped | None) -> dict[str, float]:
         """The deltas that do something, with their strengths."""
         check_unmapped(unmapped)
         for name, strength in deltas.items():
@@ -269,13 +269,13 @@ class FusedLM:
         return {name: float(strength) for name, strength in deltas.items() if strength}
 
     @torch.inference_mode()
-    def step_logits(self, pair: Pair, deltas: Mapping[str, float], *, unmapped: Unmapped = "zero") -> Tensor:
+    def step_logits(self, pair: Pair, deltas: Mapping[str, float], *, unmapped: Unmapped | None = None) -> Tensor:
         """Fused logits before each user token of one continuation.
 
         Args:
             pair: as in :meth:`score_batch`.
             deltas: as in :meth:`score_batch`.
-            unmapped: policy for tokens outside the maps.
+            unmapped: policy for tokens outside the maps; None lets the manifests decide.
 
         Returns:
             [n, U] float32, on the models' device.
@@ -288,7 +288,9 @@ class FusedLM:
         return torch.cat([none, *self._fused_logits([job], self._active(deltas, unmapped), unmapped)])
 
     @torch.inference_mode()
-    def _score(self, jobs: Sequence[_Job], strengths: Mapping[str, float], unmapped: Unmapped) -> list[TokenScores]:
+    def _score(
+        self, jobs: Sequence[_Job], strengths: Mapping[str, float], unmapped: Unmapped | None
+    ) -> list[TokenScores]:
         counts = [len(job.continuation) for job in jobs]
         targets = torch.tensor([token for job in jobs for token in job.continuation], device=self.model.model.device)
         log_probs, greedy = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
@@ -302,7 +304,7 @@ class FusedLM:
         return [TokenScores(*parts) for parts in zip(scores, choices, strict=True)]
 
     def _fused_logits(
-        self, jobs: Sequence[_Job], strengths: Mapping[str, float], unmapped: Unmapped
+        self, jobs: Sequence[_Job], strengths: Mapping[str, float], unmapped: Unmapped | None
     ) -> Iterator[Tensor]:
         """[rows, U] float32 before all tokens of all continuations, in turn; as many rows as the budget allows.
 
@@ -314,6 +316,7 @@ class FusedLM:
             delta = self.loaded[name]
             read = [(delta.prompt_ids(job.prompt, job.user_ids), job.continuation) for job in jobs]
             shifting.append((delta, strength, *delta.states(read)))
+        policy = unmapped or common_policy(delta.artifact.manifest.unmapped for delta, *_ in shifting)
         columns = _ROW_COPIES * self.model.num_logits + sum(3 * delta.model.num_logits for delta, *_ in shifting)
         size = max(1, LOGIT_BYTES // (4 * columns))
         for start in range(0, len(user_states), size):
@@ -323,7 +326,7 @@ class FusedLM:
                 Shift(torch.where(reads[rows], delta.model.logits(states[rows]), 0.0), delta.delta_ids, strength)
                 for delta, strength, states, reads in shifting
             ]
-            yield fuse_(logits, torch.arange(len(logits), device=logits.device), shifts, unmapped)
+            yield fuse_(logits, torch.arange(len(logits), device=logits.device), shifts, policy)
 
     def _job(self, pair: Pair) -> _Job:
         prompt, continuation = pair
@@ -392,8 +395,3 @@ def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def _sources(deltas: Mapping[str, str | Path]) -> dict[str, DeltaSource]:
     return {name: build(DeltaSource, {"name": name, "path": str(folder)}) for name, folder in deltas.items()}
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of the stop texts."""
-    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 import cmc_server.demo
 from cmc_server.config import Unmapped
+from cmc_server.delta.manifest import DeltaManifest
 from cmc_server.delta.prompt import Message
 from cmc_server.errors import ConfigError
 from cmc_server.fusion import generation, scoring, states
@@ -82,6 +84,21 @@ def assert_oracle(
 def test_texts(fused: FusedLM, oracle: ReferenceFusedLM, strengths: dict[str, float], unmapped: Unmapped) -> None:
     pairs: list[Pair] = [("The quick brown fox", text) for text in TEXTS] + [("Привет", ""), ("1", "2")]
     assert_oracle(fused, oracle, pairs, strengths, unmapped)
+
+
+def test_the_manifest_decides_about_unmapped_tokens(steered: Steered, fused: FusedLM, tmp_path: Path) -> None:
+    shutil.copytree(steered.deltas["words"], tmp_path / "words")
+    manifest = DeltaManifest.read(tmp_path / "words").model_copy(update={"unmapped": "preserve"})
+    manifest.write(tmp_path / "words")
+    own, strengths = FusedLM.load(steered.user, {"words": tmp_path / "words"}), {"words": 2.0}
+    pair: Pair = ("The quick brown fox", TEXTS[0])
+    preserved = fused.score(*pair, strengths, unmapped="preserve")
+    assert torch.equal(own.score(*pair, strengths), preserved)
+    assert not torch.allclose(fused.score(*pair, strengths), preserved)  # its manifest says nothing: zero
+    assert torch.equal(own.score(*pair, strengths, unmapped="zero"), fused.score(*pair, strengths))
+    assert torch.equal(own.step_logits(pair, strengths), fused.step_logits(pair, strengths, unmapped="preserve"))
+    answers = own.generate([pair[0]], strengths, max_tokens=12)
+    assert answers == fused.generate([pair[0]], strengths, max_tokens=12, unmapped="preserve")
 
 
 def test_the_texts_force_spelling_anew(fused: FusedLM) -> None:
@@ -271,6 +288,8 @@ class TestRefused:
             fused.score("a", "b", {"nope": 1.0})
         with pytest.raises(ConfigError, match="a number from -1000 to 1000"):
             fused.score("a", "b", {"same": float("nan")})
+        with pytest.raises(ConfigError, match="Token ids are whole numbers"):
+            fused.score([1, 1.5], " fox", {})  # type: ignore[list-item]
         with pytest.raises(ConfigError, match="Token id 99999 does not exist"):
             fused.score("a", [99999], {})
         with pytest.raises(ConfigError, match="no tokens"):
