@@ -302,7 +302,7 @@ def _add_edit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", metavar="PATTERN", help="edit only tensors of such names (*)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="keep tensors of such names as in POST")
     parser.add_argument("--seed", type=_seed, help="of random masks and magnitudes (0)")
-    parser.add_argument("--packed", action="store_true", help="bitdelta: store one bit for each weight, and scales")
+    parser.add_argument("--packed", action="store_true", help="bitdelta: store signs, levels and scales alone")
     parser.add_argument("--calibrate", type=Path, metavar="DATA", help="bitdelta: train the scales on these texts")
     parser.add_argument("--calibration-steps", type=int, metavar="N", help="optimiser steps of --calibrate (200)")
     parser.add_argument("--calibration-rate", type=float, metavar="LR", help="learning rate of --calibrate (1e-4)")
