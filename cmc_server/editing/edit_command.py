@@ -15,7 +15,7 @@ from cmc_server.editing.checkpoint import Checkpoint
 from cmc_server.editing.dare import edit_intensity
 from cmc_server.editing.edit_options import EditOptions
 from cmc_server.editing.methods import BitDelta, Dare
-from cmc_server.editing.packed import packed_size, write_packed
+from cmc_server.editing.packed import packed_header, write_packed
 from cmc_server.editing.runs import check_finite, identity, output_folder, progress, result_of, run_dry, write_weights
 from cmc_server.editing.sources import Sources
 from cmc_server.editing.stream import Edit
@@ -56,13 +56,16 @@ def run_edit(options: EditOptions, as_json: bool = False) -> int:
         report["analysis"] = _analyse(options, options.analyse, Edit(sources, options.build(), options.seed, scales))
         check_finite(report["analysis"], _TOO_LARGE, "analysis")
     edit = Edit(sources, options.build(), options.seed, scales)
+    header = None
     if options.packed:
-        report["packed"] = packed_size(edit)
+        header, size = packed_header(edit)
+        elements = sum(sources.post.stored(name).num_elements for name in sources.post.names)
+        report["packed"] = {"bytes": size, "share_of_float16": size / (2 * elements)}
     if options.dry_run or options.output is None:
         run_dry(edit)
         report["result"] = _result(edit)
     else:
-        _write(options, options.output, edit, report)
+        _write(options, options.output, edit, header, report)
     sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n" if as_json else _text(report))
     return 0
 
@@ -100,11 +103,14 @@ def _analyse(options: EditOptions, data: Path, edit: Edit) -> dict[str, Any]:
     return analyse_edit(edit, read_texts(data)[: options.analyse_examples], options.mask_seeds)
 
 
-def _write(options: EditOptions, output: Path, edit: Edit, report: dict[str, Any]) -> None:
+def _write(options: EditOptions, output: Path, edit: Edit, header: bytes | None, report: dict[str, Any]) -> None:
+    """Write the edited weights, packed if there is a header for that."""
     folder = output_folder(edit.sources.post, output, report, force=options.force)
     with folder as part, progress(edit.sources, "edit") as advance:
-        write = write_packed if options.packed else write_weights
-        write(edit, part, advance)
+        if header is None:
+            write_weights(edit, part, advance)
+        else:
+            write_packed(edit, header, part, advance)
         report["result"] = _result(edit)
 
 

@@ -40,33 +40,15 @@ def pack_signs(delta: Tensor) -> Tensor:
     return _pack_bits(delta >= 0)
 
 
-def write_packed(edit: Edit, folder: Path, advance: Callable[[int], object]) -> None:
-    """Write the packed file of a BitDelta.
+def packed_header(edit: Edit) -> tuple[bytes, int]:
+    """What the packed file begins with, and how many bytes it has in all. A base is read whole, for its hashes.
 
     Args:
-        edit: by :class:`BitDelta`, with mean magnitudes; says which tensors are packed, and gives the others.
-        folder: exists.
-        advance: called with the bytes of each piece, for a progress bar.
+        edit: by :class:`BitDelta`, with mean magnitudes; says which tensors are packed.
 
     Raises:
         EditingError: a tensor to pack has a type that packed weights cannot be unpacked to.
     """
-    pieces = (piece for name in edit.sources.post.names for piece in told(_stored_pieces(edit, name), advance))
-    write_shard(folder / PACKED_FILE, _header(edit), pieces)
-
-
-def packed_size(edit: Edit) -> dict[str, float]:
-    """How large the packed file of an edit is: ``bytes``, and ``share_of_float16``, of all weights in two bytes each.
-
-    Raises:
-        EditingError: as :func:`write_packed`.
-    """
-    post = edit.sources.post
-    size = len(_header(edit)) + sum(_num_bytes(dtype, shape) for _, dtype, shape in _layout(edit))
-    return {"bytes": size, "share_of_float16": size / (2 * sum(post.stored(name).num_elements for name in post.names))}
-
-
-def _header(edit: Edit) -> bytes:
     metadata = {
         "format": PACKED_FORMAT,
         "tensors": json.dumps({name: _entry(edit, name) for name in edit.edited_names()}),
@@ -75,11 +57,24 @@ def _header(edit: Edit) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, dtype, shape in _layout(edit):
-        start, end = end, end + _num_bytes(dtype, shape)
+        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         header[name] = {"dtype": _STORED_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + end
+
+
+def write_packed(edit: Edit, header: bytes, folder: Path, advance: Callable[[int], object]) -> None:
+    """Write the packed file of a BitDelta.
+
+    Args:
+        edit: as for :func:`packed_header`.
+        header: what that gave.
+        folder: exists.
+        advance: called with the bytes of each piece, for a progress bar.
+    """
+    pieces = (piece for name in edit.sources.post.names for piece in told(_stored_pieces(edit, name), advance))
+    write_shard(folder / PACKED_FILE, header, pieces)
 
 
 def _entry(edit: Edit, name: str) -> dict[str, Any]:
@@ -148,7 +143,3 @@ def _pack_bits(bits: Tensor) -> Tensor:
 def _scale_type(scales: Tensor) -> torch.dtype:
     """float16 where it holds them exactly, as it does the rounded scales of rows."""
     return torch.float16 if scales.numel() > 1 and torch.equal(scales.half().float(), scales) else torch.float32
-
-
-def _num_bytes(dtype: torch.dtype, shape: list[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
